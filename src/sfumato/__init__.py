@@ -1,0 +1,1 @@
+"""Sfumato: diffusion models as compositions. Public names load on first use; importing the package imports nothing heavy."""

@@ -1,0 +1,28 @@
+"""Errors that name the cause and the remedy. Each also is the built-in type a caller would expect."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SfumatoError(Exception):
+    """Base of every error that the library raises on purpose."""
+
+
+class ConfigError(SfumatoError, ValueError):
+    """A configuration that cannot be read or does not fit its class."""
+
+
+class WeightsError(SfumatoError, OSError):
+    """Weights that are missing, corrupt, or do not fit the network."""
+
+
+class HubError(SfumatoError, OSError):
+    """A repository or file that cannot be found, here or on the hub."""
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """Returns ``"; did you mean 'x'?"`` for the nearest candidate, or an empty string when none is near."""
+    near = difflib.get_close_matches(name, [c for c in candidates if not c.startswith("_")], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
