@@ -1,0 +1,1 @@
+"""Networks. Parameter names are those of the diffusers checkpoint format."""

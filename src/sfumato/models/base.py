@@ -1,0 +1,203 @@
+"""What every network has: loading, saving, size, place, gradient checkpointing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import weights
+from ..config import ConfigMixin, read_json
+from ..errors import ConfigError
+from ..hub import PathLike, Source
+
+_M = TypeVar("_M", bound="ModelMixin")
+
+
+def checked_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+    """Returns the dtype given under either of its two names.
+
+    Raises:
+        ValueError: Both are given and differ, or the value is not a floating-point dtype.
+    """
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} differ: pass one of them")
+    value = dtype if dtype is not None else torch_dtype
+    if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        raise ValueError(f"dtype={value!r} is not a floating-point torch dtype such as torch.float16")
+    return value
+
+
+class ModelMixin(nn.Module, ConfigMixin):
+    """Base of the networks.
+
+    A network keeps no buffers that are not in its checkpoint: constants are computed in ``forward``.
+
+    Class attributes:
+        keep_in_fp32: Parts of parameter names that stay float32 whatever dtype is asked for.
+        ignorable_keys: Parts of names of checkpoint tensors that hold no information (old position ids, say).
+    """
+
+    config_name: ClassVar[str] = "config.json"
+    keep_in_fp32: ClassVar[tuple[str, ...]] = ()
+    ignorable_keys: ClassVar[tuple[str, ...]] = ()
+    is_gradient_checkpointing: bool = False
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_M],
+        pretrained_model_name_or_path: PathLike,
+        *,
+        subfolder: str | None = None,
+        variant: str | None = None,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        device_map: str | int | torch.device | dict[str, Any] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        use_safetensors: bool = True,
+        low_cpu_mem_usage: bool = True,
+        **config_overrides: Any,
+    ) -> _M:
+        """Loads a network from a folder or a hub repository, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: Folder or ``owner/repository``.
+            subfolder: Folder inside it.
+            variant: File variant, such as ``"fp16"``.
+            dtype: Floating-point type of the parameters; float32 when not given. ``torch_dtype`` is the same argument.
+            device_map: Device to load to.
+            revision: Branch, tag or commit.
+            token: Hub access token.
+            cache_dir: Hub cache folder.
+            local_files_only: Never use the network.
+            force_download: Fetch again what is cached.
+            use_safetensors: Must be true: pickle files are not read.
+            low_cpu_mem_usage: Must be true: weights are never held twice.
+            **config_overrides: Configuration values that replace the file's.
+
+        Raises:
+            HubError: Nothing is found under the name.
+            ConfigError: The configuration does not fit the class.
+            WeightsError: Weights are missing, corrupt, pickled, or do not fit.
+        """
+        if use_safetensors is False:
+            raise ValueError(
+                "use_safetensors=False asks for pickle weights, which can run code; convert them to safetensors"
+            )
+        if low_cpu_mem_usage is False:
+            raise ValueError("low_cpu_mem_usage=False is not offered: loading never holds the weights twice")
+        source = Source(pretrained_model_name_or_path, revision, token, cache_dir, local_files_only, force_download)
+        dtype = checked_dtype(dtype, torch_dtype)
+        stem = weights.WEIGHTS_NAME.removesuffix(".safetensors")
+        folder = source.fetch([cls.config_name, f"{stem}*.safetensors", f"{stem}*.index*.json"], subfolder or "")
+        return cls.from_folder(folder, variant, dtype or torch.float32, single_device(device_map), **config_overrides)
+
+    @classmethod
+    def from_folder(
+        cls: type[_M],
+        folder: Path,
+        variant: str | None,
+        dtype: torch.dtype,
+        device: torch.device | str | int = "cpu",
+        **config_overrides: Any,
+    ) -> _M:
+        """Loads from a folder that is here; see :meth:`from_pretrained`."""
+        path = folder / cls.config_name
+        if not path.is_file():
+            raise ConfigError(
+                f"{folder} has no {cls.config_name}: is it the folder of a {cls.__name__}, or its parent?"
+            )
+        config = read_json(path)
+        written_by = config.get("_class_name", cls.__name__)
+        if written_by != cls.__name__:
+            raise ConfigError(
+                f"{path} describes a {written_by}, not a {cls.__name__}: load it with sfumato.{written_by}"
+            )
+        model = weights.build_on_meta(cls, {**config, **config_overrides})
+        model.register_to_config(_name_or_path=str(folder))
+        tensors = weights.read_tensors(weights.find_weight_files(folder, variant), torch.device(device))
+        weights.assign(model, cls.upgrade_state_dict(tensors), dtype, folder)
+        return model.eval()
+
+    @classmethod
+    def upgrade_state_dict(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Renames parameters of older checkpoints of the same format. The default changes nothing."""
+        return tensors
+
+    def save_pretrained(
+        self,
+        save_directory: PathLike,
+        *,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Writes ``config.json`` and safetensors weights; an interruption leaves the old files whole.
+
+        Args:
+            save_directory: Folder, made if needed.
+            variant: File variant, such as ``"fp16"``; the parameters are written as they are.
+            max_shard_size: Bytes, or text such as ``"5GB"``; larger weights are split.
+            safe_serialization: Must be true: pickle files are not written.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False asks for pickle weights; only safetensors is written")
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise NotADirectoryError(f"save_directory={str(folder)!r} is a file; pass a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        weights.save_tensors(self.state_dict(), folder, variant=variant, max_shard_size=max_shard_size)
+        self.save_config(folder)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the parameters."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trades time for memory in training: blocks are computed again in the backward pass."""
+        self._set_gradient_checkpointing(True)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Undoes :meth:`enable_gradient_checkpointing`."""
+        self._set_gradient_checkpointing(False)
+
+    def _set_gradient_checkpointing(self, on: bool) -> None:
+        self.is_gradient_checkpointing = on
+
+    def run_block(self, block: nn.Module, *args: Any) -> Any:
+        """Calls a block, through gradient checkpointing when that is on and gradients are wanted."""
+        if self.is_gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+def single_device(device_map: Any) -> Any:
+    """Reads a ``device_map`` that names one device; ``None`` is the CPU.
+
+    Raises:
+        ValueError: A strategy or a split over devices, which is not offered yet.
+    """
+    if isinstance(device_map, dict) and list(device_map) == [""]:
+        device_map = device_map[""]
+    if isinstance(device_map, dict) or device_map in ("auto", "balanced", "sequential"):
+        raise ValueError(
+            f"device_map={device_map!r} splits a model over devices, which is not offered; name one device, such as 'cuda'"
+        )
+    return "cpu" if device_map is None else device_map

@@ -1,0 +1,187 @@
+"""Weights in and out: safetensors only, mapped rather than read, assigned rather than copied.
+
+A network is built on the meta device, so that no memory is spent on initial values, and the tensors of the file become its
+parameters. With no dtype or device change nothing is copied at all: the parameters are views of the mapped file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .errors import WeightsError, did_you_mean
+from .files import write_atomically
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+_SIZES = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
+_PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
+
+_M = TypeVar("_M", bound=nn.Module)
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """``model.safetensors`` -> ``model.fp16.safetensors``; ``x.index.json`` -> ``x.index.fp16.json``."""
+    if variant is None:
+        return name
+    if name.endswith(".index.json"):
+        return name.removesuffix(".index.json") + f".index.{variant}.json"
+    return name.removesuffix(".safetensors") + f".{variant}.safetensors"
+
+
+def find_weight_files(folder: Path, variant: str | None = None, name: str = WEIGHTS_NAME) -> list[Path]:
+    """Lists the safetensors files of a component folder: one file, or the shards that its index names.
+
+    Raises:
+        WeightsError: Nothing to load, only pickle files, or a shard is missing.
+    """
+    single = folder / with_variant(name, variant)
+    if single.is_file():
+        return [single]
+    index = folder / with_variant(f"{name}.index.json", variant)
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise WeightsError(f"{index} is not a valid shard index ({error!r}): download it again") from error
+        missing = [s for s in shards if not (folder / s).is_file()]
+        if missing:
+            raise WeightsError(
+                f"{folder} lacks {len(missing)} of {len(shards)} shards, first {missing[0]!r}: download again"
+            )
+        return [folder / s for s in shards]
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        raise WeightsError(
+            f"{folder} holds only pickle weights ({pickles[0]}), which can run code when opened, so they are not read; "
+            "convert them to safetensors, or use a revision of the repository that has safetensors"
+        )
+    others = sorted(p.name for p in folder.glob("*.safetensors"))
+    hint = f"; it does hold {', '.join(others[:4])}: pass the matching `variant`" if others else ""
+    raise WeightsError(f"no weights in {folder}: expected {single.name}{hint}")
+
+
+def read_tensors(files: Iterable[Path], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Maps safetensors files into memory.
+
+    Returns:
+        Tensor name -> tensor on ``device``; on CPU a view of the file, read on first use.
+
+    Raises:
+        WeightsError: A file is corrupt, truncated or missing, or a name stands in two files.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as opened:
+                found = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(
+                f"{file} cannot be read as safetensors ({error}); it is missing, truncated or corrupt: download it again"
+            ) from error
+        doubled = tensors.keys() & found.keys()
+        if doubled:
+            raise WeightsError(f"{sorted(doubled)[0]!r} stands in two weight files, the second is {file}")
+        tensors.update(found)
+    return tensors
+
+
+def assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None, where: Any = "") -> None:
+    """Makes ``tensors`` the parameters of ``model``; every tensor and every parameter is accounted for.
+
+    Args:
+        model: A network on the meta device.
+        tensors: Parameter name -> tensor.
+        dtype: Floating-point type to convert to, or ``None`` to keep the file's. Names that contain an entry of the
+            model's ``keep_in_fp32`` stay float32.
+        where: What the tensors came from, for messages.
+
+    Raises:
+        WeightsError: Names or shapes differ.
+    """
+    expected = model.state_dict()
+    ignorable = getattr(model, "ignorable_keys", ())
+    missing = [k for k in expected if k not in tensors]
+    extra = [k for k in tensors if k not in expected and not any(part in k for part in ignorable)]
+    if missing or extra:
+        parts = [f"{len(missing)} missing (first {missing[0]!r})"] if missing else []
+        parts += [f"{len(extra)} unexpected (first {extra[0]!r}{did_you_mean(extra[0], missing)})"] if extra else []
+        raise WeightsError(
+            f"{where} does not fit {type(model).__name__}: {', '.join(parts)} of {len(expected)} parameters; "
+            "check that config.json belongs to these weights"
+        )
+    for key, parameter in expected.items():
+        if parameter.shape != tensors[key].shape:
+            raise WeightsError(
+                f"{where}: {key!r} has shape {tuple(tensors[key].shape)}, {type(model).__name__} with this configuration "
+                f"expects {tuple(parameter.shape)}; check that config.json belongs to these weights"
+            )
+    keep = getattr(model, "keep_in_fp32", ())
+
+    def cast(key: str, tensor: torch.Tensor) -> torch.Tensor:
+        if dtype is None or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(torch.float32 if any(part in key for part in keep) else dtype)
+
+    model.load_state_dict({k: cast(k, tensors[k]) for k in expected}, strict=True, assign=True)
+    model.requires_grad_(True)
+
+
+def parse_size(size: int | str) -> int:
+    """``"5GB"`` -> bytes."""
+    if isinstance(size, int):
+        return size
+    text = size.strip().upper()
+    for unit, factor in _SIZES.items():
+        if text.endswith(unit):
+            return int(float(text[: -len(unit)]) * factor)
+    raise ValueError(f"max_shard_size={size!r} is not a size: expected bytes, or text such as '5GB' or '500MB'")
+
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor],
+    folder: Path,
+    name: str = WEIGHTS_NAME,
+    variant: str | None = None,
+    max_shard_size: int | str = "10GB",
+) -> None:
+    """Writes tensors as one safetensors file, or as shards with an index when they exceed ``max_shard_size``.
+
+    Each file appears whole or not at all; the index is written last and outdated files are removed after that.
+    """
+    limit, shards, used = parse_size(max_shard_size), [{}], 0
+    for key, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if used + size > limit and shards[-1]:
+            shards.append({})
+            used = 0
+        shards[-1][key] = tensor.detach().cpu().contiguous()
+        used += size
+    single, index = folder / with_variant(name, variant), folder / with_variant(f"{name}.index.json", variant)
+    stem = single.name.removesuffix(".safetensors")
+    names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [single.name]
+    for shard, file in zip(shards, names, strict=True):
+        write_atomically(folder / file, lambda path, shard=shard: save_file(shard, path, metadata={"format": "pt"}))
+    if len(shards) > 1:
+        total = sum(t.numel() * t.element_size() for t in tensors.values())
+        weight_map = {key: file for shard, file in zip(shards, names, strict=True) for key in shard}
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        write_atomically(index, lambda path: path.write_text(text))
+    stale = [single if len(shards) > 1 else index, *folder.glob(f"{stem}-*-of-*.safetensors")]
+    for old in stale:
+        if old.name not in names and old.is_file():
+            old.unlink()
+
+
+def build_on_meta(cls: type[_M], config: Mapping[str, Any]) -> _M:
+    """Builds a configurable network without memory for its parameters."""
+    with torch.device("meta"):
+        return cls.from_config(config)  # type: ignore[attr-defined, no-any-return]
