@@ -128,26 +128,19 @@ class ConfigMixin:
         same_class = config.get("_class_name") in (None, cls.__name__)
         values = {k: v for k, v in config.items() if same_class or k not in defaulted}
         arguments = {k: v for k, v in {**values, **overrides}.items() if k in known}
-        missing = [
-            n for n, p in known.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD and n not in arguments
-        ]
+        missing = [n for n, p in known.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD and n not in arguments]
         if missing:
             raise ConfigError(f"the configuration of {cls.__name__} lacks the required key(s) {', '.join(missing)}")
         self = cls(**arguments)
         extra = {k: v for k, v in config.items() if k not in known and not k.startswith("_")}
-        still_default = [
-            k for k in known if k not in arguments or (same_class and k in defaulted and k not in overrides)
-        ]
+        still_default = [k for k in known if k not in arguments or (same_class and k in defaulted and k not in overrides)]
         self.register_to_config(**extra, _use_default_values=still_default)
         return self
 
     def to_json_string(self) -> str:
         """The configuration as the JSON text that ``save_config`` writes."""
         public = {k: _plain(v) for k, v in sorted(self._config.items()) if not k.startswith("_")}
-        return (
-            json.dumps({"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION, **public}, indent=2)
-            + "\n"
-        )
+        return json.dumps({"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION, **public}, indent=2) + "\n"
 
     def save_config(self, save_directory: str | Path) -> None:
         """Writes the configuration file into ``save_directory``, atomically."""
@@ -163,9 +156,7 @@ def _bind(cls: type[ConfigMixin], signature: inspect.Signature, args: tuple, kwa
     unknown = [name for name in kwargs if name not in signature.parameters]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     if unknown and not takes_any:
-        raise TypeError(
-            f"{cls.__name__}() has no argument {unknown[0]!r}{did_you_mean(unknown[0], signature.parameters)}"
-        )
+        raise TypeError(f"{cls.__name__}() has no argument {unknown[0]!r}{did_you_mean(unknown[0], signature.parameters)}")
     bound = signature.bind(None, *args, **kwargs)
     given = [name for name in bound.arguments if name in known]
     bound.apply_defaults()

@@ -27,9 +27,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise OSError(
-            error.errno, f"could not write {path} ({error.strerror or error}); the old file is unchanged"
-        ) from error
+        raise OSError(error.errno, f"could not write {path} ({error.strerror or error}); the old file is unchanged") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -94,9 +94,7 @@ class Source:
         name = str(self.name)
         parts = name.split("/")
         if len(parts) > 2 or name.startswith((".", "/", "~")) or "\\" in name or not name:
-            raise HubError(
-                f"{name!r} is not a folder here, and cannot be a hub repository ('owner/name'): check the path"
-            )
+            raise HubError(f"{name!r} is not a folder here, and cannot be a hub repository ('owner/name'): check the path")
 
     def file(self, filename: str, subfolder: str = "") -> Path:
         """Returns the path of one file.

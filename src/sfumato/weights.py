@@ -52,9 +52,7 @@ def find_weight_files(folder: Path, variant: str | None = None, name: str = WEIG
             raise WeightsError(f"{index} is not a valid shard index ({error!r}): download it again") from error
         missing = [s for s in shards if not (folder / s).is_file()]
         if missing:
-            raise WeightsError(
-                f"{folder} lacks {len(missing)} of {len(shards)} shards, first {missing[0]!r}: download again"
-            )
+            raise WeightsError(f"{folder} lacks {len(missing)} of {len(shards)} shards, first {missing[0]!r}: download again")
         return [folder / s for s in shards]
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLE_SUFFIXES)
     if pickles:

@@ -88,9 +88,7 @@ class ModelMixin(nn.Module, ConfigMixin):
             WeightsError: Weights are missing, corrupt, pickled, or do not fit.
         """
         if use_safetensors is False:
-            raise ValueError(
-                "use_safetensors=False asks for pickle weights, which can run code; convert them to safetensors"
-            )
+            raise ValueError("use_safetensors=False asks for pickle weights, which can run code; convert them to safetensors")
         if low_cpu_mem_usage is False:
             raise ValueError("low_cpu_mem_usage=False is not offered: loading never holds the weights twice")
         source = Source(pretrained_model_name_or_path, revision, token, cache_dir, local_files_only, force_download)
@@ -111,15 +109,11 @@ class ModelMixin(nn.Module, ConfigMixin):
         """Loads from a folder that is here; see :meth:`from_pretrained`."""
         path = folder / cls.config_name
         if not path.is_file():
-            raise ConfigError(
-                f"{folder} has no {cls.config_name}: is it the folder of a {cls.__name__}, or its parent?"
-            )
+            raise ConfigError(f"{folder} has no {cls.config_name}: is it the folder of a {cls.__name__}, or its parent?")
         config = read_json(path)
         written_by = config.get("_class_name", cls.__name__)
         if written_by != cls.__name__:
-            raise ConfigError(
-                f"{path} describes a {written_by}, not a {cls.__name__}: load it with sfumato.{written_by}"
-            )
+            raise ConfigError(f"{path} describes a {written_by}, not a {cls.__name__}: load it with sfumato.{written_by}")
         model = weights.build_on_meta(cls, {**config, **config_overrides})
         model.register_to_config(_name_or_path=str(folder))
         tensors = weights.read_tensors(weights.find_weight_files(folder, variant), torch.device(device))

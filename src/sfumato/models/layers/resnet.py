@@ -42,11 +42,7 @@ class Upsample2D(nn.Module):
 
     def forward(self, x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """``(B, C, H, W)`` -> ``(B, C', 2H, 2W)``, or to ``size``."""
-        x = (
-            F.interpolate(x, scale_factor=2.0, mode="nearest")
-            if size is None
-            else F.interpolate(x, size=size, mode="nearest")
-        )
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest") if size is None else F.interpolate(x, size=size, mode="nearest")
         return x if self.conv is None else self.conv(x)
 
 
