@@ -44,7 +44,7 @@ class FrozenConfig(dict):
         return FrozenConfig, (dict(self),)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Returns ``value`` as JSON can hold it."""
     if isinstance(value, np.ndarray):
         return value.tolist()
@@ -53,9 +53,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return value.as_posix()
     if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return value
 
 
@@ -139,7 +139,7 @@ class ConfigMixin:
 
     def to_json_string(self) -> str:
         """The configuration as the JSON text that ``save_config`` writes."""
-        public = {k: _plain(v) for k, v in sorted(self._config.items()) if not k.startswith("_")}
+        public = {k: plain(v) for k, v in sorted(self._config.items()) if not k.startswith("_")}
         return json.dumps({"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION, **public}, indent=2) + "\n"
 
     def save_config(self, save_directory: str | Path) -> None:

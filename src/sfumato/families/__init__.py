@@ -1,0 +1,1 @@
+"""Model families: data, verbs and named pipelines, one family a file."""

@@ -1,0 +1,107 @@
+"""The latent upscaler: doubles the size of Stable Diffusion's latents, with a denoiser preconditioned as in EDM.
+
+The denoiser ``F`` predicts through ``D = c_skip x + c_out F(c_in x; c_noise)`` (arXiv:2206.00364, eq. 7 and table 1 with
+``sigma_data = 1``). The conditions are the latents themselves, enlarged, and the pooled prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..outputs import ImagePipelineOutput
+from ..pipelines.conditioning import Conditioning
+from ..pipelines.guidance import ClassifierFreeGuidance
+from ..pipelines.run import Run
+from ..pipelines.tasks import Task, encode_pictures
+from ..pipelines.text import encode_clip_pooled
+from .stable_diffusion import StableDiffusion, check_generators, negative_texts, prompt_count
+
+NOISE_LEVEL_WIDTH = 128
+"""Width of the embedding of the noise level of the conditioning latents, which is always zero: ones, then zeros."""
+
+
+class LatentUpscale(Task):
+    """Start from noise at twice the size, with the given latents as extra channels; time is the noise level."""
+
+    name = "latent-upscale"
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        if run.args.image is None:
+            raise ValueError("image=None: upscaling needs a picture or latents")
+
+    def prepare(self, run: Run) -> None:
+        pipe = run.pipe
+        image = pipe.image_processor.preprocess(run.args.image)
+        latents = encode_pictures(run, image)
+        enlarged = torch.nn.functional.interpolate(latents, scale_factor=2, mode="nearest")
+        run.channels = torch.cat([enlarged] * run.guidance.branches)
+        shape = (run.batch, pipe.latent_format.channels, *enlarged.shape[-2:])
+        run.latents = self.noise_of_shape(run, shape) * run.scheduler.init_noise_sigma
+
+    def time(self, run: Run) -> torch.Tensor:
+        return run.scheduler.sigmas[run.index].to(run.device)
+
+
+class StableDiffusionLatentUpscalePipeline(
+    StableDiffusion,
+    task=LatentUpscale(),
+    call="prompt image num_inference_steps guidance_scale negative_prompt generator latents prompt_embeds negative_prompt_embeds "
+    "pooled_prompt_embeds negative_pooled_prompt_embeds output_type return_dict callback callback_steps",
+    extra="callback_on_step_end callback_on_step_end_tensor_inputs guidance_rescale",
+    defaults={"num_inference_steps": 75, "guidance_scale": 9.0},
+):
+    """Latents, or pictures, twice as large."""
+
+    component_names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    optional_components = ()
+    options = {}
+    output = ImagePipelineOutput
+    adopts = {}
+    safety_checker = None
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        args = run.args
+        if (args.prompt_embeds is None) != (args.pooled_prompt_embeds is None):
+            raise ValueError("prompt_embeds and pooled_prompt_embeds belong together: pass both or neither")
+        if not hasattr(self.scheduler, "sigmas"):
+            raise ValueError(f"the latent upscaler needs a scheduler with noise levels, not {type(self.scheduler).__name__}")
+
+    def condition(self, run: Run) -> None:
+        args = run.args
+        run.batch = prompt_count(args)
+        check_generators(run)
+        embeds, pooled = args.prompt_embeds, args.pooled_prompt_embeds
+        if embeds is None:
+            prompts = [args.prompt] if isinstance(args.prompt, str) else list(args.prompt)
+            embeds, pooled = encode_clip_pooled(self.tokenizer, self.text_encoder, prompts)
+        if args.guidance_scale > 1:
+            run.guidance = ClassifierFreeGuidance(args.guidance_scale, args.guidance_rescale)
+            negative, negative_pooled = args.negative_prompt_embeds, args.negative_pooled_prompt_embeds
+            if negative is None:
+                negatives = negative_texts(args.negative_prompt, run.batch)
+                negative, negative_pooled = encode_clip_pooled(self.tokenizer, self.text_encoder, negatives)
+            elif negative_pooled is None:
+                raise ValueError("negative_prompt_embeds and negative_pooled_prompt_embeds belong together: pass both or neither")
+            embeds, pooled = torch.cat([negative, embeds]), torch.cat([negative_pooled, pooled])
+        embeds, pooled = embeds.to(run.device, self.compute_dtype), pooled.to(run.device, self.compute_dtype)
+        half = torch.ones(len(pooled), NOISE_LEVEL_WIDTH // 2, device=run.device, dtype=pooled.dtype)
+        time_condition = torch.cat([half, torch.zeros_like(half), pooled], dim=1)
+        run.conditioning = Conditioning({"encoder_hidden_states": embeds, "timestep_cond": time_condition})
+
+    def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """As the family's, but ``t`` is the noise level sigma (N,), and ``x`` holds ``c_in x`` and the conditioning latents."""
+        sigma = t.reshape(-1, *[1] * (x.ndim - 1)).float()
+        network = self.unet(x, t.log() * 0.25, **conditioning, return_dict=False)[0]
+        channels = self.latent_format.channels
+        scaled, network = x[:, :channels], network[:, :channels]
+        root = (sigma**2 + 1) ** 0.5
+        # c_skip x = (c_in x) sqrt(s^2 + 1) / (s^2 + 1); c_out = s / sqrt(s^2 + 1)
+        return (scaled / root + network * sigma / root).to(x.dtype)
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """Encodes prompts to token embeddings (B, N, D) and pooled embeddings (B, D)."""
+        return encode_clip_pooled(self.tokenizer, self.text_encoder, *args, **kwargs)

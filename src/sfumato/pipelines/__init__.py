@@ -1,0 +1,1 @@
+"""Pipelines: family, task, adapters and guidance, composed around one denoising loop."""

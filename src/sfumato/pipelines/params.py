@@ -1,0 +1,113 @@
+"""The catalogue of call arguments: each name, its meaning and its default, written once for every pipeline.
+
+A public pipeline class lists the names it takes, in the reference's order; its signature and its documentation come from here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from ..errors import did_you_mean
+
+
+class Parameter(NamedTuple):
+    """One call argument: its default and what it means."""
+
+    default: Any
+    doc: str
+
+
+CATALOGUE: dict[str, Parameter] = {
+    "prompt": Parameter(None, "Text to follow, or a list with one text per picture."),
+    "negative_prompt": Parameter(None, "Text to avoid, or a list; used while the guidance scale is above 1."),
+    "prompt_embeds": Parameter(None, "Encoded prompt (B, N, D), instead of `prompt`."),
+    "negative_prompt_embeds": Parameter(None, "Encoded negative prompt (B, N, D), instead of `negative_prompt`."),
+    "pooled_prompt_embeds": Parameter(None, "Pooled encoded prompt (B, D), beside `prompt_embeds`."),
+    "negative_pooled_prompt_embeds": Parameter(None, "Pooled encoded negative prompt (B, D)."),
+    "image": Parameter(None, "Picture(s) to start from or to condition on: PIL, array, tensor, path or URL."),
+    "mask_image": Parameter(None, "Mask: white is painted anew, black is kept."),
+    "masked_image_latents": Parameter(None, "Latents of the masked picture, instead of encoding it."),
+    "padding_mask_crop": Parameter(None, "Margin in pixels: work on the masked region only, enlarged, and paste it back."),
+    "depth_map": Parameter(None, "Depth (B, H, W), instead of estimating it from the picture."),
+    "height": Parameter(None, "Height in pixels, a multiple of the autoencoder's factor."),
+    "width": Parameter(None, "Width in pixels, a multiple of the autoencoder's factor."),
+    "strength": Parameter(0.8, "How far to leave the given picture: 0 keeps it, 1 starts from noise."),
+    "num_inference_steps": Parameter(50, "Number of denoising steps."),
+    "timesteps": Parameter(None, "Own timesteps, descending, where the scheduler takes them."),
+    "sigmas": Parameter(None, "Own noise levels, descending, where the scheduler takes them."),
+    "guidance_scale": Parameter(7.5, "Weight of the prompt (classifier-free guidance, arXiv:2207.12598); 1 turns it off."),
+    "image_guidance_scale": Parameter(1.5, "Weight of the given picture (arXiv:2211.09800); 1 or more."),
+    "guidance_rescale": Parameter(0.0, "Against over-exposure under strong guidance (arXiv:2305.08891, section 3.4), 0 to 1."),
+    "noise_level": Parameter(20, "Timestep of the noise added to the low-resolution picture."),
+    "num_images_per_prompt": Parameter(1, "Pictures for each prompt."),
+    "batch_size": Parameter(1, "Number of pictures."),
+    "eta": Parameter(0.0, "Amount of fresh noise per step in DDIM (arXiv:2010.02502, eq. 16), 0 to 1."),
+    "use_clipped_model_output": Parameter(None, "Recompute the noise from the clipped prediction in DDIM."),
+    "generator": Parameter(None, "`torch.Generator`, or a list with one per picture. The only source of randomness."),
+    "latents": Parameter(None, "Own starting noise, in the shape of the latents."),
+    "ip_adapter_image": Parameter(None, "Picture prompt; needs a loaded IP-Adapter."),
+    "ip_adapter_image_embeds": Parameter(None, "Encoded picture prompts; needs a loaded IP-Adapter."),
+    "output_type": Parameter("pil", "`pil`, `np` (B, H, W, C), `pt` (B, C, H, W) or `latent`."),
+    "return_dict": Parameter(True, "Return an output object; otherwise a tuple."),
+    "cross_attention_kwargs": Parameter(None, "Keywords for the denoiser's attention layers."),
+    "clip_skip": Parameter(None, "Text-encoder layers to skip from the end."),
+    "callback_on_step_end": Parameter(
+        None, "`f(pipe, index, timestep, tensors) -> tensors` after each step; may change the tensors, or set `pipe._interrupt`."
+    ),
+    "callback_on_step_end_tensor_inputs": Parameter(["latents"], "Names of the tensors that the callback receives."),
+    "callback": Parameter(None, "`f(index, timestep, latents)` every `callback_steps` steps."),
+    "callback_steps": Parameter(1, "Interval of `callback`."),
+    "prompt_syntax": Parameter(
+        "plain",
+        "`plain`, or `weighted`: `(word:1.3)`, `(word)`, `[word]`, `BREAK`, and prompts of any length in chunks of 75 tokens.",
+    ),
+}
+
+
+def build_signature(names: str, extra: str = "", defaults: Mapping[str, Any] | None = None) -> inspect.Signature:
+    """Builds a call signature.
+
+    Args:
+        names: Argument names in order, separated by spaces; a trailing ``!`` marks a required one.
+        extra: Names that follow as keyword-only arguments.
+        defaults: Defaults that differ from the catalogue's.
+    """
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    for kind, text in ((inspect.Parameter.POSITIONAL_OR_KEYWORD, names), (inspect.Parameter.KEYWORD_ONLY, extra)):
+        for word in text.split():
+            name = word.removesuffix("!")
+            default = {**{name: CATALOGUE[name].default}, **(defaults or {})}[name]
+            parameters.append(inspect.Parameter(name, kind, default=inspect.Parameter.empty if word.endswith("!") else default))
+    return inspect.Signature(parameters)
+
+
+def document(signature: inspect.Signature) -> str:
+    """Writes the ``Args`` section of a call's documentation."""
+    lines = [
+        f"    {p.name}: {CATALOGUE[p.name].doc}" + ("" if p.default is p.empty else f" Default: {p.default!r}.")
+        for p in list(signature.parameters.values())[1:]
+    ]
+    return "Args:\n" + "\n".join(lines)
+
+
+def bind(owner: str, signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> SimpleNamespace:
+    """Maps the arguments of a call to their names; names outside the signature have the catalogue's defaults.
+
+    Raises:
+        TypeError: An argument is unknown, missing or given twice.
+    """
+    for name in kwargs:
+        if name not in signature.parameters or name == "self":
+            raise TypeError(f"{owner} takes no argument {name!r}{did_you_mean(name, signature.parameters)}")
+    try:
+        bound = signature.bind(None, *args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{owner}: {error}") from None
+    bound.apply_defaults()
+    values = {name: parameter.default for name, parameter in CATALOGUE.items()}
+    values.update(bound.arguments)
+    del values["self"]
+    return SimpleNamespace(**values)

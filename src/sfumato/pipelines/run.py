@@ -1,0 +1,308 @@
+"""A call as an object: everything that belongs to one call lives in its :class:`Run`, and the pipeline is not changed by it.
+
+``pipe(...)`` is ``pipe.start(...).result()`` with a progress bar. A run can be stepped by hand, watched, cancelled, and several
+runs can share one forward pass: ``evaluate(pipe, run_a.requests() + run_b.requests())``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import SfumatoError, did_you_mean
+from .conditioning import Conditioning
+from .guidance import Guidance, NoGuidance
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .base import DiffusionPipeline
+    from .tasks import Task
+
+
+class RunCancelled(SfumatoError):
+    """The run was cancelled before it finished."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One evaluation of the denoiser that a run asks for.
+
+    Attributes:
+        latents: Input of the denoiser (N, C, H, W), extra channels included.
+        timesteps: Time of each sample (N,).
+        conditioning: Everything else, N samples of each tensor.
+    """
+
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    conditioning: Conditioning
+
+    def fits(self, other: Request) -> bool:
+        """Whether both can be evaluated in one forward pass."""
+        return (
+            self.latents.shape[1:] == other.latents.shape[1:]
+            and self.latents.dtype == other.latents.dtype
+            and self.timesteps.dtype == other.timesteps.dtype
+            and self.conditioning.fits(other.conditioning)
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    step: int
+    steps: int
+
+    @property
+    def fraction(self) -> float:
+        """Done part, 0 to 1."""
+        return self.step / self.steps if self.steps else 1.0
+
+
+@torch.no_grad()
+def evaluate(pipe: DiffusionPipeline, requests: list[Request]) -> list[torch.Tensor]:
+    """Evaluates requests, of one run or of several runs at different steps, in as few forward passes as their shapes allow.
+
+    Args:
+        pipe: The pipeline whose denoiser answers.
+        requests: What runs of this pipeline ask for.
+
+    Returns:
+        One prediction per request, in order.
+    """
+    answers: list[torch.Tensor | None] = [None] * len(requests)
+    for first, request in enumerate(requests):
+        if answers[first] is not None:
+            continue
+        members = [i for i in range(first, len(requests)) if answers[i] is None and request.fits(requests[i])]
+        group = [requests[i] for i in members]
+        latents = request.latents if len(group) == 1 else torch.cat([r.latents for r in group])
+        times = request.timesteps if len(group) == 1 else torch.cat([r.timesteps for r in group])
+        prediction = pipe.predict(latents, times, Conditioning.cat([r.conditioning for r in group]))
+        for i, part in zip(members, prediction.split([len(r.latents) for r in group]), strict=True):
+            answers[i] = part
+    return [a for a in answers if a is not None]
+
+
+@functools.lru_cache(maxsize=None)
+def accepted(function: Any) -> frozenset[str]:
+    """Argument names of a function, looked up once."""
+    return frozenset(inspect.signature(function).parameters)
+
+
+class Run:
+    """All state of one call.
+
+    Attributes:
+        pipe: The pipeline, never changed.
+        args: The call's arguments by name.
+        scheduler: This run's own copy.
+        batch: Number of pictures.
+        guidance: How predictions combine.
+        conditioning: Tensors for the denoiser, all guidance branches stacked along the batch.
+        channels: Extra channels beside the latents, all branches stacked, or ``None``.
+        timesteps: Times of the steps, descending.
+        index: The next step.
+        latents: Current latents (B, C, h, w).
+        denoised: Last prediction of the clean latents, where the scheduler tells.
+        kept: What the task keeps for its later phases.
+        step_options: Keywords of every scheduler step.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, args: SimpleNamespace) -> None:
+        self.pipe = pipe
+        self.args = args
+        self.scheduler: Any = pipe.scheduler.fresh()
+        self.batch = 0
+        self.guidance: Guidance = NoGuidance()
+        self.conditioning = Conditioning()
+        self.channels: torch.Tensor | None = None
+        self.timesteps = torch.empty(0)
+        self.index = 0
+        self.latents = torch.empty(0)
+        self.denoised: torch.Tensor | None = None
+        self.kept: Any = None
+        self.step_options: dict[str, Any] = {}
+        self._stop: str | None = None
+        self._result: Any = None
+
+    @property
+    def task(self) -> Task:
+        """The pipeline's task."""
+        return self.pipe.task
+
+    @property
+    def device(self) -> torch.device:
+        """Where this run computes."""
+        return self.pipe.device
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return Progress(self.index, len(self.timesteps))
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self.index >= len(self.timesteps) or self._stop == "interrupted"
+
+    def cancel(self) -> None:
+        """Ends the run, from any thread: the step under way finishes, then :class:`RunCancelled` is raised where it runs."""
+        self._stop = "cancelled"
+
+    def interrupt(self) -> None:
+        """Ends the denoising early, from any thread; :meth:`result` decodes the latents as they are."""
+        self._stop = "interrupted"
+
+    def branch_count(self) -> int:
+        """Number of guidance branches that the next step evaluates."""
+        return self.guidance.branches if self.guidance.active(self.index, len(self.timesteps)) else 1
+
+    def requests(self) -> list[Request]:
+        """What the next step needs evaluated."""
+        count = self.branch_count()
+        x = self.scheduler.scale_model_input(self.latents, self.timesteps[self.index])
+        x = torch.cat([x] * count) if count > 1 else x
+        conditioning, channels = self.conditioning, self.channels
+        if count < self.guidance.branches:
+            rows = self.batch * self.guidance.branches
+            conditioning = Conditioning({k: v[-self.batch :] if len(v) == rows else v for k, v in conditioning.items()})
+            channels = None if channels is None else channels[-self.batch :]
+        if channels is not None:
+            x = torch.cat([x, channels], dim=1)
+        return [Request(x, self.task.time(self).expand(len(x)), conditioning)]
+
+    @torch.no_grad()
+    def advance(self, predictions: list[torch.Tensor]) -> None:
+        """Takes the answers to :meth:`requests` and moves one step on."""
+        if self._stop == "cancelled":
+            raise RunCancelled(f"cancelled after {self.index} of {len(self.timesteps)} steps")
+        t = self.timesteps[self.index]
+        prediction = predictions[0]
+        if self.branch_count() > 1:
+            prediction = self.guidance.combine(prediction)
+        out = self.scheduler.step(prediction, t, self.latents, **self.step_options)
+        self.denoised = getattr(out, "pred_original_sample", None)
+        dtype = self.latents.dtype
+        self.latents = self.task.after_step(self, out.prev_sample).to(dtype)
+        self._report(t)
+        self.index += 1
+
+    def step(self) -> None:
+        """Makes one denoising step.
+
+        Raises:
+            RunCancelled: The run was cancelled.
+            RuntimeError: No step is left.
+        """
+        if self._stop == "cancelled":
+            raise RunCancelled(f"cancelled after {self.index} of {len(self.timesteps)} steps")
+        if self.done:
+            raise RuntimeError(f"all {len(self.timesteps)} steps are made: call `result()`")
+        self.advance(evaluate(self.pipe, self.requests()))
+
+    def result(self) -> Any:
+        """Makes the steps that are left and returns the pictures."""
+        if self._result is None:
+            while not self.done:
+                self.step()
+            if self._stop == "cancelled":
+                raise RunCancelled(f"cancelled after {self.index} of {len(self.timesteps)} steps")
+            with torch.no_grad():
+                self._result = self.task.finish(self)
+        return self._result
+
+    def preview(self) -> list[Image.Image]:
+        """Small, approximate pictures of where the run is, cheap enough for every step."""
+        latents = self.latents if self.denoised is None else self.denoised
+        return self.pipe.preview_images(latents)
+
+    def _report(self, t: torch.Tensor) -> None:
+        args = self.args
+        if args.callback_on_step_end is not None:
+            names = args.callback_on_step_end_tensor_inputs
+            given = {name: self.tensor(name) for name in names}
+            answer = args.callback_on_step_end(PipelineView(self), self.index, t, dict(given)) or {}
+            for name, value in answer.items():
+                if value is not given.get(name):
+                    self.set_tensor(name, value)
+        if args.callback is not None and self.index % args.callback_steps == 0:
+            args.callback(self.index // self.scheduler.order, t, self.latents)
+
+    def tensor(self, name: str) -> torch.Tensor | None:
+        """The tensor that a step callback knows by ``name``."""
+        if name == "latents":
+            return self.latents
+        if name == "prompt_embeds":
+            return self.conditioning.get("encoder_hidden_states")
+        if name == "negative_prompt_embeds":
+            stacked = self.conditioning.get("encoder_hidden_states")
+            return None if stacked is None or self.guidance.branches != 2 else stacked[: self.batch]
+        return self.task.named_tensor(self, name)
+
+    def set_tensor(self, name: str, value: torch.Tensor) -> None:
+        """Replaces what :meth:`tensor` reads.
+
+        Raises:
+            ValueError: The name is unknown.
+        """
+        if name == "latents":
+            self.latents = value
+        elif name == "prompt_embeds":
+            self.conditioning = self.conditioning.replace(encoder_hidden_states=value)
+        elif name == "negative_prompt_embeds":
+            stacked = self.conditioning["encoder_hidden_states"]
+            self.conditioning = self.conditioning.replace(encoder_hidden_states=torch.cat([value, stacked[len(value) :]]))
+        else:
+            self.task.set_named_tensor(self, name, value)
+
+
+class PipelineView:
+    """What a step callback gets as the pipeline: reads pass through, and the field's switches act on this run alone.
+
+    ``view._interrupt = True`` ends the run early and decodes; ``view._guidance_scale = 0.0`` turns guidance off from here on.
+    """
+
+    __slots__ = ("_run",)
+    _run: Run
+
+    def __init__(self, run: Run) -> None:
+        object.__setattr__(self, "_run", run)
+
+    def __getattr__(self, name: str) -> Any:
+        run = self._run
+        if name in ("guidance_scale", "_guidance_scale"):
+            return getattr(run.guidance, "scale", 1.0)
+        if name == "do_classifier_free_guidance":
+            return run.branch_count() > 1
+        if name in ("interrupt", "_interrupt"):
+            return run._stop is not None
+        if name in ("num_timesteps", "_num_timesteps"):
+            return len(run.timesteps)
+        if name == "scheduler":
+            return run.scheduler
+        if name == "run":
+            return run
+        return getattr(run.pipe, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        run = self._run
+        if name == "_interrupt":
+            if value:
+                run.interrupt()
+        elif name == "_guidance_scale":
+            if not hasattr(run.guidance, "scale"):
+                raise AttributeError("this run has no guidance, so its scale cannot be set")
+            from dataclasses import replace
+
+            run.guidance = replace(run.guidance, scale=float(value))  # type: ignore[call-arg]
+        else:
+            near = did_you_mean(name, ("_interrupt", "_guidance_scale"))
+            raise AttributeError(f"a callback cannot set {name!r} on the pipeline, which other runs share{near}")

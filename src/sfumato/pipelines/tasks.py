@@ -1,0 +1,317 @@
+"""Tasks: what the user asks of a family. A task has no state; what a run needs later is kept on the run.
+
+Phases, in the order of a call: ``check`` -> the family's ``condition`` -> ``schedule`` -> ``prepare`` (pictures, latents, noise; the only
+phase that draws from the generators besides the scheduler's steps) -> per step ``time``, ``after_step`` -> ``finish``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..random import randn
+from .run import Run, accepted
+
+
+class Task:
+    """Text to picture, and the parts that the other tasks share."""
+
+    name: ClassVar[str] = "text-to-image"
+    callback_tensors: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+    def check(self, run: Run) -> None:
+        """Refuses arguments that cannot work, before any work is done."""
+        args = run.args
+        if not isinstance(args.num_inference_steps, int) or args.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={args.num_inference_steps!r} must be a whole number of at least 1")
+        if args.output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={args.output_type!r} is unknown: expected 'pil', 'np', 'pt' or 'latent'")
+        if args.callback_steps is None or args.callback_steps < 1:
+            raise ValueError(f"callback_steps={args.callback_steps!r} must be at least 1")
+        unknown = [n for n in args.callback_on_step_end_tensor_inputs if n not in self.callback_tensors]
+        if unknown:
+            raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}; this pipeline offers {self.callback_tensors}")
+
+    def size(self, run: Run) -> tuple[int, int]:
+        """Height and width of the result, in pixels."""
+        default = run.pipe.default_size()
+        return run.args.height or default[0], run.args.width or default[1]
+
+    def schedule(self, run: Run) -> None:
+        """Sets the timesteps of the run's scheduler."""
+        args, scheduler = run.args, run.scheduler
+        takes = accepted(type(scheduler).set_timesteps)
+        custom = {k: v for k in ("timesteps", "sigmas") if (v := getattr(args, k)) is not None}
+        if len(custom) > 1:
+            raise ValueError("timesteps and sigmas are both given: pass one of them")
+        for name in custom:
+            if name not in takes:
+                raise ValueError(
+                    f"{type(scheduler).__name__} takes no custom {name}; a scheduler that does is EulerDiscreteScheduler"
+                )
+        if custom:
+            scheduler.set_timesteps(**custom, device=run.device)
+        else:
+            scheduler.set_timesteps(args.num_inference_steps, device=run.device)
+        run.timesteps = scheduler.timesteps
+        takes = accepted(type(scheduler).step)
+        options = {"eta": args.eta, "generator": args.generator, "use_clipped_model_output": args.use_clipped_model_output}
+        run.step_options = {k: v for k, v in options.items() if k in takes and v is not None}
+
+    def prepare(self, run: Run) -> None:
+        """Makes the starting latents."""
+        run.latents = self.noise(run) * run.scheduler.init_noise_sigma
+
+    def noise(self, run: Run) -> torch.Tensor:
+        """The caller's latents, or fresh noise in the shape of the latents, (B, C, h, w)."""
+        height, width = self.size(run)
+        return self.noise_of_shape(run, run.pipe.latent_format.shape(run.batch, height, width))
+
+    def noise_of_shape(self, run: Run, shape: tuple[int, ...]) -> torch.Tensor:
+        """As :meth:`noise`, for a given shape.
+
+        Raises:
+            ValueError: The caller's latents have another shape.
+        """
+        dtype, given = run.pipe.compute_dtype, run.args.latents
+        if given is None:
+            return randn(shape, generator=run.args.generator, device=run.device, dtype=dtype)
+        if tuple(given.shape) != shape:
+            raise ValueError(f"latents have shape {tuple(given.shape)}, expected {shape} for this batch and size")
+        return given.to(run.device, dtype)
+
+    def time(self, run: Run) -> torch.Tensor:
+        """What the denoiser is told as time, a scalar tensor."""
+        return run.timesteps[run.index]
+
+    def after_step(self, run: Run, latents: torch.Tensor) -> torch.Tensor:
+        """Changes the latents after a scheduler step."""
+        return latents
+
+    def finish(self, run: Run) -> Any:
+        """Decodes and wraps the result."""
+        return run.pipe.decode_output(run)
+
+    def named_tensor(self, run: Run, name: str) -> torch.Tensor | None:
+        """A tensor that only this task knows, for step callbacks."""
+        return run.channels
+
+    def set_named_tensor(self, run: Run, name: str, value: torch.Tensor) -> None:
+        """Replaces :meth:`named_tensor`."""
+        if name not in self.callback_tensors:
+            raise ValueError(f"a callback returned {name!r}; this pipeline offers {self.callback_tensors}")
+        run.channels = value
+
+
+def check_strength(run: Run) -> None:
+    """Refuses a strength outside 0..1."""
+    if not 0 <= run.args.strength <= 1:
+        raise ValueError(f"strength={run.args.strength} must lie in 0..1: 0 keeps the picture, 1 starts from noise")
+
+
+def truncate_schedule(run: Run) -> None:
+    """Keeps the last ``strength`` part of the schedule (SDEdit, arXiv:2108.01073)."""
+    order = run.scheduler.order
+    steps = len(run.timesteps) // order if run.args.timesteps or run.args.sigmas else run.args.num_inference_steps
+    begin = max(steps - min(int(steps * run.args.strength), steps), 0) * order
+    run.timesteps = run.scheduler.timesteps[begin:]
+    if hasattr(run.scheduler, "set_begin_index"):
+        run.scheduler.set_begin_index(begin)
+    if len(run.timesteps) == 0:
+        raise ValueError(
+            f"strength={run.args.strength} leaves none of {steps} steps to make: raise strength or num_inference_steps above "
+            f"{1 / max(run.args.strength, 1e-9):.0f}"
+        )
+
+
+def per_picture(tensor: torch.Tensor, batch: int, what: str) -> torch.Tensor:
+    """Repeats each row until there is one per picture, in the order of the prompts: a, a, b, b.
+
+    Raises:
+        ValueError: ``batch`` is no multiple of the rows.
+    """
+    rows = len(tensor)
+    if batch % rows:
+        raise ValueError(f"{rows} {what}(s) cannot be shared out evenly over {batch} pictures: give 1 or one per prompt")
+    return tensor if rows == batch else tensor.repeat_interleave(batch // rows, dim=0)
+
+
+def encode_pictures(run: Run, image: torch.Tensor, what: str = "image") -> torch.Tensor:
+    """Encodes pictures (B, 3, H, W) to one latent per picture of the run; latents pass through.
+
+    With one generator a shared picture is encoded (drawn) once; with a list, once for each generator.
+    """
+    channels = run.pipe.latent_format.channels
+    if image.shape[1] == channels:
+        return per_picture(image.to(run.device, run.pipe.compute_dtype), run.batch, what)
+    generator = run.args.generator
+    image = image.to(run.device)
+    if isinstance(generator, list):
+        image = per_picture(image, run.batch, what)
+    latents = run.pipe.latent_format.encode(image, generator).to(run.pipe.compute_dtype)
+    return per_picture(latents, run.batch, what)
+
+
+class ImageToImage(Task):
+    """Noise the given picture up to a strength, then denoise it (SDEdit, arXiv:2108.01073)."""
+
+    name = "image-to-image"
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        check_strength(run)
+        if run.args.image is None:
+            raise ValueError("image=None: this pipeline starts from a picture; pass one, or use the text-to-image pipeline")
+
+    def schedule(self, run: Run) -> None:
+        super().schedule(run)
+        truncate_schedule(run)
+
+    def prepare(self, run: Run) -> None:
+        image = run.pipe.image_processor.preprocess(run.args.image)
+        latents = encode_pictures(run, image)
+        noise = randn(latents.shape, generator=run.args.generator, device=run.device, dtype=latents.dtype)
+        run.latents = run.scheduler.add_noise(latents, noise, run.timesteps[:1].repeat(run.batch))
+
+
+class DepthToImage(ImageToImage):
+    """Image-to-image with the picture's depth as a fifth channel."""
+
+    name = "depth-to-image"
+    callback_tensors = (*Task.callback_tensors, "depth_mask")
+
+    def prepare(self, run: Run) -> None:
+        depth = run.pipe.depth_channel(run)  # (B, 1, h, w)
+        run.channels = torch.cat([depth] * run.guidance.branches)
+        super().prepare(run)
+
+
+@dataclass(frozen=True)
+class Painting:
+    """What inpainting keeps: latents of the source, the noise it started from, the mask, and how to paste the result back."""
+
+    source: torch.Tensor | None
+    noise: torch.Tensor
+    mask: torch.Tensor
+    image: torch.Tensor
+    pixel_mask: torch.Tensor
+    crop: tuple[int, int, int, int] | None
+
+
+class Inpaint(Task):
+    """Paint the masked region anew: by extra channels where the denoiser has them, else by pasting the source after each step."""
+
+    name = "inpaint"
+    callback_tensors = (*Task.callback_tensors, "mask", "masked_image_latents")
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        check_strength(run)
+        if run.args.image is None or run.args.mask_image is None:
+            missing = "image" if run.args.image is None else "mask_image"
+            raise ValueError(f"{missing}=None: inpainting needs a picture and a mask of the region to paint anew")
+        if run.args.padding_mask_crop is not None:
+            if run.args.output_type != "pil":
+                raise ValueError(f"padding_mask_crop pastes PIL pictures: output_type={run.args.output_type!r} must be 'pil'")
+            for name in ("image", "mask_image"):
+                if not hasattr(getattr(run.args, name), "size") or isinstance(getattr(run.args, name), torch.Tensor):
+                    raise ValueError(f"padding_mask_crop needs {name} as one PIL picture")
+
+    def schedule(self, run: Run) -> None:
+        super().schedule(run)
+        truncate_schedule(run)
+
+    def prepare(self, run: Run) -> None:
+        args, pipe = run.args, run.pipe
+        height, width = self.size(run)
+        crop, mode = None, "default"
+        if args.padding_mask_crop is not None:
+            crop = pipe.mask_processor.get_crop_region(args.mask_image, width, height, pad=args.padding_mask_crop)
+            mode = "fill"
+        image = pipe.image_processor.preprocess(args.image, height=height, width=width, crops_coords=crop, resize_mode=mode).float()
+        by_channels = pipe.input_channels == 9
+        source = encode_pictures(run, image) if not by_channels or (args.latents is None and args.strength < 1) else None
+        noise = self.noise(run)
+        if args.strength < 1 and args.latents is None and source is not None:
+            run.latents = run.scheduler.add_noise(source, noise, run.timesteps[:1].repeat(run.batch))
+        else:
+            run.latents = noise * run.scheduler.init_noise_sigma
+        pixel_mask = pipe.mask_processor.preprocess(
+            args.mask_image, height=height, width=width, resize_mode=mode, crops_coords=crop
+        )
+        mask, masked = self._mask_latents(run, image, pixel_mask)
+        if by_channels:
+            run.channels = torch.cat([torch.cat([mask, masked], dim=1)] * run.guidance.branches)
+        run.kept = Painting(source, noise, mask, image, pixel_mask, crop)
+
+    def _mask_latents(self, run: Run, image: torch.Tensor, pixel_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mask (B, 1, h, w) and the latents of the masked picture (B, C, h, w)."""
+        latents = run.latents
+        if run.args.masked_image_latents is None:
+            masked = image * (pixel_mask < 0.5)
+            if image.shape[1] == latents.shape[1]:
+                masked = image
+        else:
+            masked = run.args.masked_image_latents
+        mask = torch.nn.functional.interpolate(pixel_mask, size=latents.shape[-2:]).to(latents.device, latents.dtype)
+        return per_picture(mask, run.batch, "mask"), encode_pictures(run, masked)
+
+    def after_step(self, run: Run, latents: torch.Tensor) -> torch.Tensor:
+        kept: Painting = run.kept
+        if kept.source is None or run.channels is not None:
+            return latents
+        source = kept.source
+        if run.index < len(run.timesteps) - 1:
+            source = run.scheduler.add_noise(source, kept.noise, run.timesteps[run.index + 1 : run.index + 2])
+        return (1 - kept.mask) * source + kept.mask * latents
+
+    def finish(self, run: Run) -> Any:
+        kept: Painting = run.kept
+        output = run.pipe.decode_output(run, image=kept.image, mask=kept.pixel_mask)
+        if kept.crop is not None:
+            pictures = output.images if run.args.return_dict else output[0]
+            overlay = run.pipe.image_processor.apply_overlay
+            pictures[:] = [overlay(run.args.mask_image, run.args.image, p, kept.crop) for p in pictures]
+        return output
+
+    def named_tensor(self, run: Run, name: str) -> torch.Tensor | None:
+        if name == "mask":
+            return run.kept.mask if run.channels is None else run.channels[:, :1]
+        return None if run.channels is None else run.channels[:, 1:]
+
+    def set_named_tensor(self, run: Run, name: str, value: torch.Tensor) -> None:
+        if name not in ("mask", "masked_image_latents"):
+            super().set_named_tensor(run, name, value)
+        elif run.channels is not None:
+            parts = {"mask": run.channels[:, :1], "masked_image_latents": run.channels[:, 1:], name: value}
+            run.channels = torch.cat([parts["mask"], parts["masked_image_latents"]], dim=1)
+        elif name == "mask":
+            from dataclasses import replace
+
+            run.kept = replace(run.kept, mask=value)
+
+
+class InstructEdit(Task):
+    """Edit a picture by an instruction (InstructPix2Pix, arXiv:2211.09800): its latents are extra channels."""
+
+    name = "instruct-edit"
+    callback_tensors = ("latents", "prompt_embeds", "image_latents")
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        if run.args.image is None:
+            raise ValueError("image=None: an instruction edits a picture; pass one")
+
+    def prepare(self, run: Run) -> None:
+        image = run.pipe.image_processor.preprocess(run.args.image)
+        if image.shape[1] != run.pipe.latent_format.channels:
+            image = run.pipe.latent_format.encode(image.to(run.device), mode=True)
+        latents = per_picture(image.to(run.device, run.pipe.compute_dtype), run.batch, "image")
+        blank = [torch.zeros_like(latents)] if run.guidance.branches == 3 else []
+        run.channels = torch.cat([latents] * min(run.guidance.branches, 2) + blank)
+        factor = run.pipe.latent_format.factor
+        shape = (run.batch, run.pipe.latent_format.channels, *latents.shape[-2:])
+        if factor:
+            run.latents = self.noise_of_shape(run, shape) * run.scheduler.init_noise_sigma

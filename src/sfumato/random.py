@@ -1,0 +1,57 @@
+"""Random numbers that come from given generators and nowhere else: the global random state is neither read nor changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+Generators = torch.Generator | list[torch.Generator] | None
+"""Where noise comes from: one generator for a whole batch, one generator per sample, or ``None`` for fresh entropy."""
+
+
+def randn(
+    shape: Sequence[int],
+    *,
+    generator: Generators = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+) -> torch.Tensor:
+    """Draws standard normal noise.
+
+    A CPU generator draws on the CPU and the result is moved, so a seed gives the same noise on every device.
+
+    Args:
+        shape: Shape of the result; the first dimension is the batch.
+        generator: One generator, or a list with one per sample (each draws its own ``(1, ...)``; a list of one draws the whole
+            batch). ``None`` draws from a generator seeded by the operating system.
+        device: Where the result lies (default CPU).
+        dtype: Of the draw and of the result (default ``torch.float32``).
+        layout: Memory layout (default strided).
+
+    Raises:
+        ValueError: The list's length is not the batch size, or a generator's device can serve neither the CPU nor ``device``.
+    """
+    place = torch.device(device or "cpu")
+    options = {"dtype": dtype or torch.float32, "layout": layout or torch.strided}
+    if isinstance(generator, (list, tuple)) and len(generator) == 1:
+        generator = generator[0]
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != shape[0]:
+            raise ValueError(f"generator has {len(generator)} entries for a batch of {shape[0]}: pass one generator per sample")
+        one = (1, *shape[1:])
+        return torch.cat([torch.randn(one, generator=g, device=_draw_on(g, place), **options).to(place) for g in generator])
+    if generator is None:
+        generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
+    return torch.randn(tuple(shape), generator=generator, device=_draw_on(generator, place), **options).to(place)
+
+
+def _draw_on(generator: torch.Generator, place: torch.device) -> torch.device:
+    """Returns the device that the generator draws on."""
+    if generator.device.type not in ("cpu", place.type):
+        raise ValueError(
+            f"a generator on {generator.device} cannot draw for device {place}: use a CPU generator or one on {place.type}"
+        )
+    return generator.device

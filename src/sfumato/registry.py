@@ -1,0 +1,59 @@
+"""Tables: public name -> module. The one place where a public class is announced."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .errors import did_you_mean
+
+_MODULES: dict[str, str] = {
+    "config": "ConfigMixin FrozenConfig",
+    "errors": "SfumatoError ConfigError WeightsError HubError",
+    "outputs": "BaseOutput ImagePipelineOutput StableDiffusionPipelineOutput",
+    "models.base": "ModelMixin",
+    "models.unets.unet_2d": "UNet2DModel",
+    "models.unets.unet_2d_condition": "UNet2DConditionModel",
+    "models.autoencoders.kl": "AutoencoderKL",
+    "models.autoencoders.tiny": "AutoencoderTiny",
+    "models.autoencoders.asymmetric": "AsymmetricAutoencoderKL",
+    "models.autoencoders.vq": "VQModel",
+    "models.safety_checker": "StableDiffusionSafetyChecker",
+    "schedulers.base": "SchedulerMixin",
+    "schedulers.ddpm": "DDPMScheduler",
+    "schedulers.ddim": "DDIMScheduler",
+    "schedulers.pndm": "PNDMScheduler",
+    "schedulers.euler": "EulerDiscreteScheduler EulerAncestralDiscreteScheduler",
+    "schedulers.dpmsolver": "DPMSolverMultistepScheduler",
+    "media.image": "VaeImageProcessor",
+    "pipelines.base": "DiffusionPipeline",
+    "pipelines.auto": "AutoPipelineForText2Image AutoPipelineForImage2Image AutoPipelineForInpainting",
+    "pipelines.run": "Run Request Progress RunCancelled evaluate",
+    "families.stable_diffusion": "StableDiffusionPipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline"
+    " StableDiffusionDepth2ImgPipeline StableDiffusionUpscalePipeline StableDiffusionInstructPix2PixPipeline"
+    " StableDiffusionImageVariationPipeline",
+    "families.latent_upscaler": "StableDiffusionLatentUpscalePipeline",
+    "families.unconditional": "DDPMPipeline DDIMPipeline LDMSuperResolutionPipeline",
+}
+
+PUBLIC: dict[str, str] = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+FORMAT_LIBRARY: dict[str, str] = {"StableDiffusionSafetyChecker": "stable_diffusion"}
+"""Classes that the checkpoint format files under another name than "diffusers"."""
+
+
+def load(name: str) -> Any:
+    """Imports a public name.
+
+    Raises:
+        AttributeError: There is no such name; the message says what is near.
+    """
+    if name not in PUBLIC:
+        raise AttributeError(f"sfumato has no {name!r}{did_you_mean(name, PUBLIC)}")
+    return getattr(importlib.import_module(f"sfumato.{PUBLIC[name]}"), name)
+
+
+def pipelines(module: str | None = None) -> list[Any]:
+    """Imports and returns the public pipeline classes, of one module (full name) or of all."""
+    names = [n for n, m in PUBLIC.items() if m.startswith("families.") and module in (None, f"sfumato.{m}")]
+    return [load(name) for name in names]
