@@ -28,30 +28,23 @@ def randn(
         generator: One generator, or a list with one per sample (each draws its own ``(1, ...)``; a list of one draws the whole
             batch). ``None`` draws from a generator seeded by the operating system.
         device: Where the result lies (default CPU).
-        dtype: Of the draw and of the result (default ``torch.float32``).
+        dtype: Of the draw and of the result (default: torch's default).
         layout: Memory layout (default strided).
 
     Raises:
         ValueError: The list's length is not the batch size, or a generator's device can serve neither the CPU nor ``device``.
     """
     place = torch.device(device or "cpu")
-    options = {"dtype": dtype or torch.float32, "layout": layout or torch.strided}
     if isinstance(generator, (list, tuple)) and len(generator) == 1:
         generator = generator[0]
     if isinstance(generator, (list, tuple)):
         if len(generator) != shape[0]:
             raise ValueError(f"generator has {len(generator)} entries for a batch of {shape[0]}: pass one generator per sample")
-        one = (1, *shape[1:])
-        return torch.cat([torch.randn(one, generator=g, device=_draw_on(g, place), **options).to(place) for g in generator])
+        return torch.cat([randn((1, *shape[1:]), generator=g, device=place, dtype=dtype, layout=layout) for g in generator])
     if generator is None:
         generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
-    return torch.randn(tuple(shape), generator=generator, device=_draw_on(generator, place), **options).to(place)
-
-
-def _draw_on(generator: torch.Generator, place: torch.device) -> torch.device:
-    """Returns the device that the generator draws on."""
-    if generator.device.type not in ("cpu", place.type):
-        raise ValueError(
-            f"a generator on {generator.device} cannot draw for device {place}: use a CPU generator or one on {place.type}"
-        )
-    return generator.device
+    source = generator.device
+    if source.type not in ("cpu", place.type):
+        raise ValueError(f"a generator on {source} cannot draw for device {place}: use a CPU generator or one on {place.type}")
+    noise = torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype, layout=layout or torch.strided)
+    return noise.to(place)

@@ -1,0 +1,147 @@
+"""Noise tables and spacings: how much noise each training step holds, and at which of its levels a sampler stops.
+
+Notation: ``alpha_bar`` is the share of signal variance left after a training step (DDPM's product of ``1 - beta``), and
+``sigma = sqrt((1 - alpha_bar) / alpha_bar)`` the ratio of noise to signal.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError, did_you_mean
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+SPACINGS = ("linspace", "leading", "trailing")
+ZERO_SNR_FLOOR = 2.0**-24
+"""Stands for ``alpha_bar = 0`` where a finite sigma is needed (sigma = 4096)."""
+
+
+def one_of(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raises a :class:`ConfigError` that names ``key`` unless ``value`` is allowed."""
+    if value not in allowed:
+        hint = did_you_mean(str(value), [str(a) for a in allowed])
+        raise ConfigError(f"{key}={value!r} is not known{hint}; choose one of {', '.join(map(repr, allowed))}")
+
+
+def beta_table(schedule: str, steps: int, start: float, end: float, trained: Any = None) -> torch.Tensor:
+    """Noise variance added by each training step.
+
+    Computed in float32: released models were trained with these rounded tables, and ``1 - alpha_bar`` near zero shows it.
+
+    Args:
+        schedule: ``linear`` (DDPM, arXiv:2006.11239), ``scaled_linear`` (linear in the square root, latent diffusion),
+            ``squaredcos_cap_v2`` (arXiv:2102.09672 eq. 17), ``sigmoid`` (GeoDiff).
+        steps: Number of training steps.
+        start: First beta (not for the cosine schedule).
+        end: Last beta (not for the cosine schedule).
+        trained: Explicit betas, which replace the schedule.
+
+    Returns:
+        float32 ``(steps,)``.
+
+    Raises:
+        ConfigError: Unknown schedule, or fewer trained betas than steps.
+    """
+    if trained is not None:
+        betas = torch.as_tensor(np.asarray(trained), dtype=torch.float32)
+        if betas.ndim != 1 or len(betas) < steps:
+            raise ConfigError(f"trained_betas has shape {tuple(betas.shape)}, expected num_train_timesteps={steps} numbers or more")
+        return betas
+    one_of("beta_schedule", schedule, BETA_SCHEDULES)
+    if schedule == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float32)
+    if schedule == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+    if schedule == "sigmoid":
+        return torch.sigmoid(torch.linspace(-6, 6, steps)) * (end - start) + start
+    signal = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+    return torch.tensor(np.minimum(1 - signal[1:] / signal[:-1], 0.999), dtype=torch.float32)
+
+
+def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+    """Shifts and scales a schedule so that its last step holds no signal (arXiv:2305.08891, algorithm 1)."""
+    root = (1.0 - betas).cumprod(0).sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    alpha_bar = ((root - last) * (first / (first - last))) ** 2
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+def integer_steps(
+    spacing: str, count: int, steps: int, offset: int = 0, *, skip_last: bool = False, top: int | None = None
+) -> np.ndarray:
+    """Training steps at which a sampler stops, descending, before rounding (arXiv:2305.08891, table 2).
+
+    Args:
+        spacing: ``linspace`` (both ends), ``leading`` (multiples of a whole stride, plus ``offset``) or ``trailing`` (from the
+            last step down, the stride may be fractional).
+        count: Number of stops.
+        steps: Number of training steps.
+        offset: Added to ``leading`` stops.
+        skip_last: Lays out one stop more and leaves out the cleanest (``linspace`` and ``leading``).
+        top: Stops lie below this step (default ``steps``).
+
+    Raises:
+        ValueError: More ``leading`` stops than training steps.
+    """
+    one_of("timestep_spacing", spacing, SPACINGS)
+    top = steps if top is None else top
+    if spacing == "trailing":
+        return np.arange(top, 0, -steps / count).round() - 1
+    points = count + skip_last
+    if spacing == "linspace":
+        stops = np.linspace(0, top - 1, points)
+    elif points > top:
+        raise ValueError(f"num_inference_steps={count} is more than timestep_spacing='leading' can place on {top} training steps")
+    else:
+        stops = np.arange(points, dtype=np.float64) * (top // points)
+    stops = stops[::-1][: points - skip_last]
+    return stops + offset if spacing == "leading" else stops
+
+
+def ramp_name(config: Any) -> str | None:
+    """Returns the sigma spacing that the ``use_*_sigmas`` flags ask for, or ``None``.
+
+    Raises:
+        ConfigError: More than one flag is set.
+    """
+    chosen = [name for name in ("karras", "exponential", "beta") if config.get(f"use_{name}_sigmas")]
+    if len(chosen) > 1:
+        flags = " and ".join(f"use_{name}_sigmas" for name in chosen)
+        raise ConfigError(f"{flags} exclude each other: set only one of them to True")
+    return chosen[0] if chosen else None
+
+
+def sigma_ramp(name: str, high: float, low: float, count: int) -> np.ndarray:
+    """``count`` sigmas from ``high`` down to ``low``.
+
+    Args:
+        name: ``karras`` (arXiv:2206.00364 eq. 5, rho 7), ``exponential`` (uniform in log sigma) or ``beta`` (quantiles of
+            Beta(0.6, 0.6), arXiv:2407.12173).
+        high: First sigma.
+        low: Last sigma.
+        count: Number of sigmas.
+    """
+    place = np.linspace(0.0, 1.0, count)
+    if name == "karras":
+        return (high ** (1 / 7) + place * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    if name == "exponential":
+        return np.exp(np.linspace(math.log(high), math.log(low), count))
+    try:
+        from scipy.special import betaincinv
+    except ImportError as error:
+        raise ImportError("use_beta_sigmas needs scipy: `pip install scipy`, or choose use_karras_sigmas") from error
+    return low + (high - low) * betaincinv(0.6, 0.6, 1 - place)
+
+
+def sigmas_to_steps(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Fractional training steps whose noise levels are ``sigmas``, interpolating the ascending ``table`` in log sigma."""
+    return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(table), np.arange(len(table)))
+
+
+def shift_flow_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
+    """Moves flow sigmas in 0..1 towards noise for large pictures (arXiv:2403.03206 eq. 23)."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)

@@ -1,0 +1,83 @@
+"""What a network predicts, and the way from there to the clean sample and to the noise.
+
+Everywhere ``x = alpha * x0 + sigma * noise``. Every kind of prediction is a linear mixture of ``x0`` and ``noise``, so both can
+be read off as ``a * x + b * output`` with two numbers that depend on the noise level alone.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import ConfigError
+
+
+def denoised_coefficients(kind: str, alpha: float, sigma: float) -> tuple[float, float]:
+    """Returns ``(a, b)`` with ``x0 = a * x + b * output``.
+
+    Args:
+        kind: ``epsilon`` (the noise), ``sample`` (``x0``), ``v_prediction`` (``alpha * noise - sigma * x0``, arXiv:2202.00512) or
+            ``flow_prediction`` (``noise - x0``, arXiv:2210.02747).
+        alpha: Factor of the signal.
+        sigma: Factor of the noise.
+
+    Raises:
+        ConfigError: ``epsilon`` at zero signal, where the noise says nothing about ``x0``.
+    """
+    if kind == "epsilon":
+        if alpha == 0:
+            raise ConfigError(
+                "prediction_type='epsilon' is undefined at zero signal-to-noise ratio: a model trained with rescale_betas_zero_snr "
+                "predicts 'v_prediction' or 'sample'; set that prediction_type, or rescale_betas_zero_snr=False"
+            )
+        return 1 / alpha, -sigma / alpha
+    return {"sample": (0.0, 1.0), "v_prediction": (alpha, -sigma), "flow_prediction": (1.0, -sigma)}[kind]
+
+
+def noise_coefficients(kind: str, alpha: float, sigma: float) -> tuple[float, float]:
+    """Returns ``(a, b)`` with ``noise = a * x + b * output``; arguments as in :func:`denoised_coefficients`."""
+    if kind == "sample":
+        return 1 / sigma, -alpha / sigma
+    return {"epsilon": (0.0, 1.0), "v_prediction": (sigma, alpha), "flow_prediction": (1.0, 1 - sigma)}[kind]
+
+
+def mix(weights: tuple[float, float], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Returns ``weights[0] * x + weights[1] * y`` in the precision of ``x``, the wider of the two."""
+    a, b = weights
+    if a == 0:
+        return (y if b == 1 else y * b).to(x.dtype)
+    return torch.add(x if a == 1 else x * a, y, alpha=b)
+
+
+def dynamic_threshold(x0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
+    """Divides each sample by a high quantile of its magnitudes, between 1 and ``max_value`` (Imagen, arXiv:2205.11487 section 2.3).
+
+    Args:
+        x0: ``(B, ...)``.
+        ratio: Which quantile, in 0..1.
+        max_value: Largest divisor.
+    """
+    limit = torch.quantile(x0.flatten(1).abs(), ratio, dim=1).clamp(1, max_value).view(-1, *[1] * (x0.ndim - 1))
+    return x0.clamp(-limit, limit) / limit
+
+
+def split_variance(output: torch.Tensor, channels: int, variance_type: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Separates the prediction from the variance that a network with learned variance appends to it.
+
+    Args:
+        output: ``(B, channels, ...)``, or ``(B, 2 * channels, ...)`` with a learned variance.
+        channels: Channels of the sample.
+        variance_type: ``learned`` and ``learned_range`` announce an appended variance.
+
+    Raises:
+        ValueError: The channels do not fit ``variance_type``.
+    """
+    learned = variance_type in ("learned", "learned_range")
+    if output.shape[1] == 2 * channels and learned:
+        prediction, variance = output.chunk(2, dim=1)
+        return prediction, variance
+    if output.shape[1] == channels:
+        return output, None
+    raise ValueError(
+        f"model_output has {output.shape[1]} channels for a sample of {channels} with variance_type={variance_type!r}; a network "
+        "that predicts its variance too needs variance_type='learned_range', or its model_output cut in half"
+    )
