@@ -27,6 +27,13 @@ def activation(name: str) -> nn.Module:
         raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(ACTIVATIONS)}") from None
 
 
+def activate(act: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Applies an activation to a tensor that nothing else reads: in its place when no gradient is recorded."""
+    if isinstance(act, (nn.SiLU, nn.ReLU)) and not torch.is_grad_enabled():
+        return F.silu(x, inplace=True) if isinstance(act, nn.SiLU) else F.relu(x, inplace=True)
+    return act(x)
+
+
 class Upsample2D(nn.Module):
     """Doubles height and width (or resizes to ``size``) by nearest neighbour, then convolves.
 
@@ -129,7 +136,7 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
         """``x`` (B, C, H, W), ``temb`` (B, T) -> (B, C', H', W')."""
-        h = self.nonlinearity(self.norm1(x))
+        h = activate(self.nonlinearity, self.norm1(x))
         if self.resample is not None:
             x, h = self.resample(x), self.resample(h)
         h = self.conv1(h)
@@ -142,7 +149,7 @@ class ResnetBlock2D(nn.Module):
         if temb is not None and self.scale_shift:
             scale, shift = temb.chunk(2, dim=1)
             h = h * (1 + scale) + shift
-        h = self.conv2(self.dropout(self.nonlinearity(h)))
+        h = self.conv2(self.dropout(activate(self.nonlinearity, h)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         return (x + h) / self.output_scale_factor if self.output_scale_factor != 1.0 else x + h
