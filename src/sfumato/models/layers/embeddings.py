@@ -1,0 +1,182 @@
+"""Embeddings of times, classes, pooled texts and pictures that a denoiser adds to its time embedding or to its tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .resnet import activation
+
+
+def sinusoids(times: torch.Tensor, dim: int, flip_sin_to_cos: bool = False, freq_shift: float = 0.0) -> torch.Tensor:
+    """Embeds numbers as sines and cosines of geometrically spaced frequencies (arXiv:1706.03762, section 3.5).
+
+    Args:
+        times: ``(N,)``, any real numbers.
+        dim: Width of the embedding; an odd one ends in a zero.
+        flip_sin_to_cos: Cosines first.
+        freq_shift: The lowest frequency is ``10000^(-(h-1)/(h-freq_shift))`` with ``h = dim // 2``.
+
+    Returns:
+        ``(N, dim)`` in float32.
+    """
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=times.device)
+    angles = times.float()[:, None] * torch.exp(steps * -math.log(10000.0) / (half - freq_shift))
+    parts = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
+    embedding = torch.cat(parts, dim=-1)
+    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
+
+
+class GaussianFourierProjection(nn.Module):
+    """Embeds numbers with random, fixed frequencies that stand in the checkpoint (arXiv:2011.13456, appendix C.3).
+
+    Args:
+        half_dim: Number of frequencies.
+        scale: Standard deviation of the frequencies before training.
+        log: Embed the logarithm of the numbers.
+        flip_sin_to_cos: Cosines first.
+    """
+
+    def __init__(self, half_dim: int, scale: float = 1.0, log: bool = False, flip_sin_to_cos: bool = False) -> None:
+        super().__init__()
+        self.log, self.flip_sin_to_cos = log, flip_sin_to_cos
+        self.weight = nn.Parameter(torch.randn(half_dim) * scale, requires_grad=False)
+
+    def forward(self, times: torch.Tensor) -> torch.Tensor:
+        """``(N,)`` -> ``(N, 2 * half_dim)``."""
+        times = times.to(self.weight.dtype)
+        angles = (times.log() if self.log else times)[:, None] * self.weight * (2 * math.pi)
+        return torch.cat([angles.cos(), angles.sin()] if self.flip_sin_to_cos else [angles.sin(), angles.cos()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers over an embedded time, optionally with a condition added to the input.
+
+    Args:
+        in_dim: Width of the input.
+        dim: Width of the output.
+        act: Activation between the layers.
+        post_act: Activation after them, ``None`` for none.
+        cond_dim: Width of the condition, ``None`` for none.
+    """
+
+    def __init__(self, in_dim: int, dim: int, act: str = "silu", post_act: str | None = None, cond_dim: int | None = None) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.cond_proj = nn.Linear(cond_dim, in_dim, bias=False) if cond_dim is not None else None
+        self.act = activation(act)
+        self.linear_2 = nn.Linear(dim, dim)
+        self.post_act = activation(post_act) if post_act is not None else None
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """``(B, in_dim)`` and optionally ``(B, cond_dim)`` -> ``(B, dim)``."""
+        if condition is not None:
+            if self.cond_proj is None:
+                raise ValueError("timestep_cond is given, but this network was built without time_cond_proj_dim: leave it out")
+            x = x + self.cond_proj(condition)
+        x = self.linear_2(self.act(self.linear_1(x)))
+        return x if self.post_act is None else self.post_act(x)
+
+
+class AttentionPooling(nn.Module):
+    """Pools tokens by letting their mean attend to itself and to them (arXiv:2103.00020, section 2.4)."""
+
+    def __init__(self, heads: int, dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(1, dim) / dim**0.5)
+        self.k_proj = nn.Linear(dim, dim)
+        self.q_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, N, C)`` -> ``(B, C)``."""
+        mean = x.mean(dim=1, keepdim=True) + self.positional_embedding
+        x = torch.cat([mean, x], dim=1)
+        # (B, N, C) -> (B, heads, N, C / heads)
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (self.q_proj(mean), self.k_proj(x), self.v_proj(x)))
+        return F.scaled_dot_product_attention(q, k, v).flatten(1)
+
+
+class TextTimeEmbedding(nn.Module):
+    """Pooled text tokens, added to the time embedding."""
+
+    def __init__(self, text_dim: int, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(text_dim)
+        self.pool = AttentionPooling(heads, text_dim)
+        self.proj = nn.Linear(text_dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        """``(B, N, text_dim)`` -> ``(B, dim)``."""
+        return self.norm2(self.proj(self.pool(self.norm1(text))))
+
+
+class TextImageTimeEmbedding(nn.Module):
+    """A pooled text and a picture embedding, added to the time embedding."""
+
+    def __init__(self, text_dim: int, image_dim: int, dim: int) -> None:
+        super().__init__()
+        self.text_proj = nn.Linear(text_dim, dim)
+        self.text_norm = nn.LayerNorm(dim)
+        self.image_proj = nn.Linear(image_dim, dim)
+
+    def forward(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """``(B, text_dim)`` and ``(B, image_dim)`` -> ``(B, dim)``."""
+        return self.image_proj(image) + self.text_norm(self.text_proj(text))
+
+
+class ImageTimeEmbedding(nn.Module):
+    """A picture embedding, added to the time embedding; with ``hint`` also a picture turned into four latent channels."""
+
+    def __init__(self, image_dim: int, dim: int, hint: bool = False) -> None:
+        super().__init__()
+        self.image_proj = nn.Linear(image_dim, dim)
+        self.image_norm = nn.LayerNorm(dim)
+        if hint:
+            widths, layers = (3, 16, 16, 32, 32, 96, 96, 256), []
+            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+                # every second convolution halves the picture, from the third on
+                layers += [nn.Conv2d(a, b, 3, padding=1, stride=2 if i and i % 2 == 0 else 1), nn.SiLU()]
+            self.input_hint_block = nn.Sequential(*layers, nn.Conv2d(256, 4, 3, padding=1))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """``(B, image_dim)`` -> ``(B, dim)``."""
+        return self.image_norm(self.image_proj(image))
+
+    def hint(self, picture: torch.Tensor) -> torch.Tensor:
+        """``(B, 3, 8H, 8W)`` -> ``(B, 4, H, W)``."""
+        return self.input_hint_block(picture)
+
+
+class ImageProjection(nn.Module):
+    """Turns a picture embedding into normalised tokens."""
+
+    def __init__(self, image_dim: int, dim: int, tokens: int = 32) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.image_embeds = nn.Linear(image_dim, tokens * dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """``(B, image_dim)`` -> ``(B, tokens, dim)``."""
+        return self.norm(self.image_embeds(image).unflatten(1, (self.tokens, -1)))
+
+
+class TextImageProjection(nn.Module):
+    """Turns a picture embedding into tokens that stand before the projected text tokens."""
+
+    def __init__(self, text_dim: int, image_dim: int, dim: int, tokens: int = 10) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.image_embeds = nn.Linear(image_dim, tokens * dim)
+        self.text_proj = nn.Linear(text_dim, dim)
+
+    def forward(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """``(B, N, text_dim)`` and ``(B, image_dim)`` -> ``(B, tokens + N, dim)``."""
+        return torch.cat([self.image_embeds(image).unflatten(1, (self.tokens, -1)), self.text_proj(text)], dim=1)

@@ -1,0 +1,142 @@
+"""Transformers over the pixels of a feature map (arXiv:2112.10752, section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .attention import Attention
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by the GELU of another (arXiv:2002.05202, equation 6)."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_dim, 2 * out_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., in_dim)`` -> ``(..., out_dim)``."""
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        gate = F.gelu(gate)
+        return x * gate if torch.is_grad_enabled() else gate.mul_(x)
+
+
+class FeedForward(nn.Module):
+    """The transformer's two-layer network, four times as wide inside."""
+
+    def __init__(self, dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, N, dim)`` -> the same."""
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, attention to the context, feed-forward; each normalised before and added to its input.
+
+    Args:
+        dim: Width of the tokens.
+        heads: Attention heads.
+        dim_head: Width of each.
+        cross_attention_dim: Width of the context.
+        only_cross_attention: The first attention too looks at the context.
+        dropout: After each part.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        cross_attention_dim: int | None,
+        only_cross_attention: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.only_cross_attention = only_cross_attention
+        first_context = cross_attention_dim if only_cross_attention else None
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, cross_attention_dim=first_context, heads=heads, dim_head=dim_head, dropout=dropout)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, cross_attention_dim=cross_attention_dim, heads=heads, dim_head=dim_head, dropout=dropout)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim, dropout)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor | None,
+        mask: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``x`` (B, N, C), ``context`` (B, M, C'), masks as in :class:`Attention` -> (B, N, C)."""
+        x = add(self.attn1(self.norm1(x), context if self.only_cross_attention else None, mask), x)
+        x = add(self.attn2(self.norm2(x), context, context_mask), x)
+        return add(self.ff(self.norm3(x)), x)
+
+
+def add(fresh: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Adds ``x`` to a tensor that nothing else reads: in its place when no gradient is recorded."""
+    return fresh + x if torch.is_grad_enabled() else fresh.add_(x)
+
+
+class Transformer2D(nn.Module):
+    """A stack of transformer blocks over the pixels of a feature map, added to it.
+
+    Args:
+        channels: Channels of the feature map.
+        heads: Attention heads.
+        cross_attention_dim: Width of the context.
+        depth: Number of blocks.
+        groups: Groups of the normalisation before them.
+        linear_projection: Project by linear layers instead of 1x1 convolutions; the same but for the weights' shape.
+        only_cross_attention: See :class:`BasicTransformerBlock`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        cross_attention_dim: int | None,
+        depth: int = 1,
+        groups: int = 32,
+        linear_projection: bool = False,
+        only_cross_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        dim_head = channels // heads
+        inner = heads * dim_head
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.linear_projection = linear_projection
+        self.proj_in = nn.Linear(channels, inner) if linear_projection else nn.Conv2d(channels, inner, 1)
+        blocks = [BasicTransformerBlock(inner, heads, dim_head, cross_attention_dim, only_cross_attention) for _ in range(depth)]
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.proj_out = nn.Linear(inner, channels) if linear_projection else nn.Conv2d(inner, channels, 1)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor | None,
+        mask: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``x`` (B, C, H, W), ``context`` (B, M, C'), masks as in :class:`Attention` -> (B, C, H, W)."""
+        size, h = x.shape[2:], self.norm(x)
+        if not self.linear_projection:
+            h = self.proj_in(h)
+        # (B, C, H, W) -> (B, HW, C): a view, contiguous when the input is channels-last
+        h = h.permute(0, 2, 3, 1).flatten(1, 2)
+        if self.linear_projection:
+            h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, context, mask, context_mask)
+        if self.linear_projection:
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).unflatten(2, size)
+        if not self.linear_projection:
+            h = self.proj_out(h)
+        return x + h

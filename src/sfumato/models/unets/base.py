@@ -1,0 +1,211 @@
+"""What the two-dimensional U-Nets share: the way down, the middle, the way up."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import ConfigError
+from ...outputs import BaseOutput
+from ..base import ModelMixin
+from ..layers.resnet import activate, activation
+from .blocks import DOWN_BLOCKS, UP_BLOCKS, Conditions, DownBlock, Kind, Level, MidBlock, Shared, UpBlock, find_kind
+from .skip_blocks import SkipDownBlock, SkipUpBlock
+
+
+@dataclass
+class UNet2DOutput(BaseOutput):
+    """Output of an unconditional U-Net.
+
+    Attributes:
+        sample: ``(B, C, H, W)``.
+    """
+
+    sample: torch.Tensor
+
+
+@dataclass
+class UNet2DConditionOutput(BaseOutput):
+    """Output of a conditional U-Net.
+
+    Attributes:
+        sample: ``(B, C, H, W)``.
+    """
+
+    sample: torch.Tensor
+
+
+def per_level(value: Any, levels: int, key: str) -> list[Any]:
+    """Spreads one configuration value over the resolutions, or checks that there is one for each.
+
+    Raises:
+        ConfigError: There is another number of them.
+    """
+    if not isinstance(value, (list, tuple)):
+        return [value] * levels
+    if len(value) != levels:
+        raise ConfigError(f"{key}={value!r} has {len(value)} values, but down_block_types has {levels} blocks: give {levels}")
+    return list(value)
+
+
+def check_divisible(key: str, channels: Sequence[int], divisor: int, what: str) -> None:
+    """Raises :class:`ConfigError` when ``what`` does not divide all channels."""
+    for c in channels:
+        if c % divisor:
+            raise ConfigError(f"{key}={list(channels)}: {c} channels cannot be divided by {what}={divisor}; choose a multiple")
+
+
+def time_tensor(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
+    """One time per sample, ``(B,)``, from a number, a scalar tensor, or a tensor of one or B times.
+
+    Raises:
+        ValueError: There is another number of times.
+    """
+    if not isinstance(timestep, torch.Tensor):
+        return torch.full((sample.shape[0],), timestep, device=sample.device)
+    times = timestep.reshape(-1).to(sample.device)
+    if times.shape[0] not in (1, sample.shape[0]):
+        raise ValueError(f"timestep holds {times.shape[0]} times for a batch of {sample.shape[0]}: pass one, or one per sample")
+    return times.expand(sample.shape[0])
+
+
+class UNetBase(ModelMixin):
+    """Down blocks, a middle block, up blocks, and the convolutions around them."""
+
+    conv_norm_out: nn.Module | None
+    mid_block: MidBlock | None
+
+    def _build(
+        self,
+        shared: Shared,
+        levels: Sequence[Level],
+        layers: Sequence[int],
+        up_levels: Sequence[Level] | None = None,
+        attention_resampler: tuple[str, str] = ("conv", "conv"),
+        context: bool = True,
+    ) -> None:
+        """Builds the convolutions and blocks that the configuration describes, but for the middle.
+
+        Args:
+            shared: What the blocks have in common.
+            levels: What each resolution has of its own, from the finest.
+            layers: Layers of each resolution's down block; an up block has one more.
+            up_levels: What each up block has of its own, from the coarsest; by default the levels reversed.
+            attention_resampler: How blocks with pixel attention halve, and double: conv or resnet.
+            context: Whether the network attends to a context.
+        """
+        config, widths = self.config, list(self.config.block_out_channels)
+        count = len(config.down_block_types)
+        for key in ("block_out_channels", "up_block_types"):
+            if len(config[key]) != count:
+                raise ConfigError(f"{key}={config[key]!r} has {len(config[key])} values, but down_block_types has {count} blocks")
+        if shared.resnet_time_scale_shift not in ("default", "scale_shift"):
+            choices = "'default', 'scale_shift'"
+            raise ConfigError(f"resnet_time_scale_shift={shared.resnet_time_scale_shift!r} is unknown: expected one of {choices}")
+        if shared.norm_num_groups is not None:
+            check_divisible("block_out_channels", widths, shared.norm_num_groups, "norm_num_groups")
+        kinds = [find_kind("down_block_types", n, DOWN_BLOCKS, context) for n in config.down_block_types]
+        up_kinds = [find_kind("up_block_types", n, UP_BLOCKS, context) for n in config.up_block_types]
+        down, up = attention_resampler
+        kinds = [k._replace(resampler=down) if k == Kind("pixel", "conv") else k for k in kinds]
+        up_kinds = [k._replace(resampler=up) if k == Kind("pixel", "conv") else k for k in up_kinds]
+        self._build_down(shared, levels, layers, kinds, widths)
+        states = [widths[0], *(c for block in self.down_blocks for c in block.state_channels)]
+        self._build_up(shared, up_levels or list(reversed(levels)), list(reversed(layers)), up_kinds, widths[::-1], states)
+        self.size_factor = 2 ** (count - 1)
+        resizable = all(block.takes_size for block in self.up_blocks[:-1])
+        self.exact_size_only = not resizable
+
+    def _build_down(
+        self, shared: Shared, levels: Sequence[Level], layers: Sequence[int], kinds: Sequence[Kind], widths: Sequence[int]
+    ) -> None:
+        self.down_blocks, channels = nn.ModuleList(), widths[0]
+        for i, (kind, level, width) in enumerate(zip(kinds, levels, widths, strict=True)):
+            cls = SkipDownBlock if kind.resampler == "skip" else DownBlock
+            self.down_blocks.append(cls(kind, shared, level, channels, width, layers[i], i < len(widths) - 1))
+            channels = width
+
+    def _build_up(
+        self,
+        shared: Shared,
+        levels: Sequence[Level],
+        layers: Sequence[int],
+        kinds: Sequence[Kind],
+        widths: Sequence[int],
+        states: list[int],
+    ) -> None:
+        """``levels``, ``layers``, ``kinds`` and ``widths`` run from the coarsest; ``states`` from the finest."""
+        self.up_blocks, channels = nn.ModuleList(), widths[0]
+        for i, (kind, level, width) in enumerate(zip(kinds, levels, widths, strict=True)):
+            is_k, is_last = kind.resampler == "k", i == len(widths) - 1
+            count = layers[i] if is_k else layers[i] + 1
+            taken = 1 if is_k else count
+            cls = SkipUpBlock if kind.resampler == "skip" else UpBlock
+            if len(states) < taken:
+                raise ConfigError(
+                    f"up_block_types[{i}] needs {taken} states of the way down, {len(states)} are left: use matching types"
+                )
+            following = width if is_last else widths[i + 1]
+            used = states[: -taken - 1 : -1]
+            del states[-taken:]
+            block = cls(kind, shared, level, channels, width, following, used, count, not is_last)
+            self.up_blocks.append(block)
+            channels = block.out_channels
+
+    def _build_out(self, groups: int | None, kernel: int = 3) -> None:
+        config, width = self.config, self.config.block_out_channels[0]
+        self.conv_norm_out = None if groups is None else nn.GroupNorm(groups, width, eps=config.norm_eps)
+        self.conv_act = None if groups is None else activation(config.act_fn)
+        self.conv_out = nn.Conv2d(width, config.out_channels, kernel, padding=(kernel - 1) // 2)
+
+    def _check_sample(self, sample: torch.Tensor) -> bool:
+        """Whether the up blocks must be told their sizes, because halving and doubling does not give them."""
+        if sample.dim() != 4 or sample.shape[1] != self.conv_in.in_channels:
+            expected = f"(batch, {self.conv_in.in_channels}, height, width)"
+            raise ValueError(f"sample has shape {tuple(sample.shape)}, this network expects {expected}")
+        uneven = bool(sample.shape[2] % self.size_factor or sample.shape[3] % self.size_factor)
+        if uneven and self.exact_size_only:
+            size = tuple(sample.shape[2:])
+            raise ValueError(f"sample has height and width {size}, but this network needs multiples of {self.size_factor}")
+        return uneven
+
+    def _down(
+        self, x: torch.Tensor, c: Conditions, residuals: Sequence[torch.Tensor] = (), picture: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[Any]]:
+        """The way down: the features, and the states for the way up. ``picture`` goes along blocks that carry one."""
+        states: list[Any] = [x]
+        for i, block in enumerate(self.down_blocks):
+            if block.carries_picture:
+                x, new, picture = self.run_block(block, x, c, picture)
+            else:
+                x, new = self.run_block(block, x, c, residuals[i] if i < len(residuals) else None)
+            states += new
+        return x, states
+
+    def _up(self, x: torch.Tensor, states: list[Any], c: Conditions, uneven: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The way up: the features, and the picture of blocks that make one."""
+        picture: torch.Tensor | None = None
+        for block in self.up_blocks:
+            taken = states[-block.num_states :]
+            del states[-block.num_states :]
+            if block.carries_picture:
+                x, picture = self.run_block(block, x, taken, c, picture)
+            else:
+                x = self.run_block(block, x, taken, c, states[-1].shape[2:] if uneven and states else None)
+        return x, picture
+
+    def _out(self, x: torch.Tensor) -> torch.Tensor:
+        if self.conv_norm_out is not None and self.conv_act is not None:
+            x = activate(self.conv_act, self.conv_norm_out(x))
+        return self.conv_out(x)
+
+
+def shared_options(config: dict[str, Any], temb_channels: int) -> Shared:
+    """Collects from a configuration what all blocks have in common."""
+    names = [f.name for f in dataclasses.fields(Shared) if f.name in config]
+    return Shared(temb_channels=temb_channels, **{name: config[name] for name in names})

@@ -1,0 +1,405 @@
+"""The blocks of two-dimensional U-Nets, down, middle and up.
+
+A block is some residual layers, each perhaps followed by an attention of one kind, and perhaps a resampler. The block names of
+the checkpoint format are rows of one table of (kind of attention, kind of resampler).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ...errors import ConfigError, did_you_mean
+from ..layers.attention import Attention
+from ..layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from ..layers.transformer_2d import Transformer2D
+from .k_blocks import BinomialResample, KAttentionBlock, KResnetBlock
+
+
+class Conditions(NamedTuple):
+    """What the blocks of one forward pass are conditioned on.
+
+    Attributes:
+        temb: Time embedding ``(B, T)``.
+        activated: The same after the residual layers' activation, which is computed once here instead of in every layer.
+        context: Tokens ``(B, M, C)`` for attention, or ``None``.
+        mask: Bias ``(B, 1, N)`` of the attention within the picture, or ``None``.
+        context_mask: Bias ``(B, 1, M)`` of the attention to the tokens, or ``None``.
+    """
+
+    temb: torch.Tensor
+    activated: torch.Tensor
+    context: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    context_mask: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all blocks of a network have in common; the names are those of the configuration."""
+
+    temb_channels: int
+    act_fn: str = "silu"
+    norm_num_groups: int | None = 32
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    resnet_time_scale_shift: str = "default"
+    resnet_skip_time_act: bool = False
+    resnet_out_scale_factor: float = 1.0
+    downsample_padding: int = 1
+    use_linear_projection: bool = False
+    cross_attention_norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Level:
+    """What one resolution has of its own.
+
+    Attributes:
+        heads: Attention heads of transformers.
+        head_dim: Width of a head of the other attentions; ``None`` for one head.
+        cross_attention_dim: Width of the context.
+        depth: Transformer blocks, for all layers or for each.
+        only_cross_attention: Attend to the context alone.
+        groups: Groups of the normalisation before a pixel attention, ``None`` for none.
+    """
+
+    heads: int = 1
+    head_dim: int | None = None
+    cross_attention_dim: int | None = None
+    depth: int | Sequence[int] = 1
+    only_cross_attention: bool = False
+    groups: int | None = None
+
+
+class Kind(NamedTuple):
+    """A block type: its attention (``None``, pixel, transformer, added, k) and resampler (conv, resnet, k, skip)."""
+
+    attention: str | None
+    resampler: str
+
+
+DOWN_BLOCKS = {
+    "DownBlock2D": Kind(None, "conv"),
+    "AttnDownBlock2D": Kind("pixel", "conv"),
+    "CrossAttnDownBlock2D": Kind("transformer", "conv"),
+    "ResnetDownsampleBlock2D": Kind(None, "resnet"),
+    "SimpleCrossAttnDownBlock2D": Kind("added", "resnet"),
+    "KDownBlock2D": Kind(None, "k"),
+    "KCrossAttnDownBlock2D": Kind("k", "k"),
+    "SkipDownBlock2D": Kind(None, "skip"),
+    "AttnSkipDownBlock2D": Kind("pixel", "skip"),
+}
+UP_BLOCKS = {name.replace("Down", "Up"): kind for name, kind in DOWN_BLOCKS.items()}
+
+
+def find_kind(key: str, name: str, kinds: dict[str, Kind], context: bool) -> Kind:
+    """Looks a block type up.
+
+    Args:
+        key: Configuration key, for the message.
+        name: Its value.
+        kinds: The block types.
+        context: Whether the network has a context to attend to.
+
+    Raises:
+        ConfigError: There is no such block type for this network.
+    """
+    choices = [n for n, kind in kinds.items() if kind.resampler != "skip" and (kind.attention in (None, "pixel") or context)]
+    if not context:
+        choices += [n for n, kind in kinds.items() if kind.resampler == "skip"]
+    if name not in choices:
+        raise ConfigError(f"{key} names an unknown block {name!r}: expected {', '.join(choices)}{did_you_mean(str(name), choices)}")
+    return kinds[name]
+
+
+def _attend_pixel(attention: nn.Module, x: torch.Tensor, c: Conditions) -> torch.Tensor:
+    return attention(x)
+
+
+def _attend_transformer(attention: nn.Module, x: torch.Tensor, c: Conditions) -> torch.Tensor:
+    return attention(x, c.context, c.mask, c.context_mask)
+
+
+def _attend_added(attention: nn.Module, x: torch.Tensor, c: Conditions) -> torch.Tensor:
+    return attention(x, c.context, c.context_mask if c.mask is None else c.mask)
+
+
+def _attend_k(attention: nn.Module, x: torch.Tensor, c: Conditions) -> torch.Tensor:
+    return attention(x, c.temb, c.context, c.mask, c.context_mask)
+
+
+_ATTEND: dict[str, Callable[[nn.Module, torch.Tensor, Conditions], torch.Tensor]] = {
+    "pixel": _attend_pixel,
+    "transformer": _attend_transformer,
+    "added": _attend_added,
+    "k": _attend_k,
+}
+
+
+def _attention(kind: str, channels: int, level: Level, shared: Shared, depth: int, k_self_attention: bool) -> nn.Module:
+    if kind == "transformer":
+        return Transformer2D(
+            channels,
+            level.heads,
+            level.cross_attention_dim,
+            depth,
+            shared.norm_num_groups or 32,
+            shared.use_linear_projection,
+            level.only_cross_attention,
+        )
+    head_dim = level.head_dim or channels
+    if kind == "k":
+        return KAttentionBlock(
+            channels, head_dim, level.cross_attention_dim, shared.temb_channels, k_self_attention, shared.cross_attention_norm
+        )
+    added: dict[str, Any] = {}
+    if kind == "added":
+        added = {
+            "added_kv_proj_dim": level.cross_attention_dim,
+            "only_cross_attention": level.only_cross_attention,
+            "cross_attention_norm": shared.cross_attention_norm,
+        }
+    return Attention(
+        channels,
+        heads=channels // head_dim,
+        dim_head=head_dim,
+        bias=True,
+        norm_num_groups=level.groups,
+        eps=shared.norm_eps if kind == "pixel" else 1e-5,
+        residual_connection=True,
+        **added,
+    )
+
+
+def _resnet(shared: Shared, in_channels: int, out_channels: int, scale: float, **options: Any) -> ResnetBlock2D:
+    """A residual layer that takes the activated time embedding."""
+    return ResnetBlock2D(
+        in_channels,
+        out_channels,
+        temb_channels=shared.temb_channels,
+        eps=shared.norm_eps,
+        dropout=shared.dropout,
+        act=shared.act_fn,
+        time_embedding_norm=shared.resnet_time_scale_shift,
+        output_scale_factor=scale,
+        skip_time_act=True,
+        **{"groups": shared.norm_num_groups or 32, **options},
+    )
+
+
+def per_layer(value: int | Sequence[int], layers: int, key: str) -> Sequence[int]:
+    """Spreads a number over layers, or checks that there is one for each.
+
+    Raises:
+        ConfigError: The sequence has another length.
+    """
+    if isinstance(value, int):
+        return [value] * layers
+    if len(value) != layers:
+        raise ConfigError(
+            f"{key} gives {len(value)} numbers ({value}) for a block of {layers} layers: give {layers}, or one number"
+        )
+    return value
+
+
+class _Block(nn.Module):
+    """What down and up blocks share: layers, each with or without attention."""
+
+    carries_picture = False
+
+    def __init__(
+        self,
+        kind: Kind,
+        shared: Shared,
+        level: Level,
+        channels: Iterable[tuple[int, int, int]],
+        k_self_attention: bool = False,
+    ) -> None:
+        """``channels`` holds for each layer the channels in, between its convolutions, and out."""
+        super().__init__()
+        # k layers modulate with the embedding as it is; the layers of pixel-space networks can be told to do so
+        simple = kind.resampler == "resnet" and kind.attention != "pixel"
+        self.activated = kind.resampler != "k" and not (simple and shared.resnet_skip_time_act)
+        self.scale = shared.resnet_out_scale_factor if simple else 1.0
+        plan = list(channels)
+        if kind.resampler == "k":
+            layers: list[nn.Module] = [KResnetBlock(*c, shared.temb_channels, shared.act_fn, shared.dropout) for c in plan]
+        else:
+            layers = [_resnet(shared, first, last, self.scale) for first, _, last in plan]
+        self.resnets = nn.ModuleList(layers)
+        self.attentions: nn.ModuleList | None = None
+        if kind.attention is not None:
+            depths = per_layer(level.depth, len(plan), "transformer_layers_per_block")
+            self.attentions = nn.ModuleList(
+                _attention(kind.attention, last, level, shared, depth, k_self_attention)
+                for (_, _, last), depth in zip(plan, depths, strict=True)
+            )
+            self.attend = _ATTEND[kind.attention]
+        self.resample_with_time = kind.resampler == "resnet"
+
+
+class DownBlock(_Block):
+    """Layers, then halving.
+
+    Args:
+        kind: Block type.
+        in_channels: Channels in.
+        out_channels: Channels out.
+        layers: Number of layers.
+        resample: Halve at the end.
+    """
+
+    def __init__(
+        self, kind: Kind, shared: Shared, level: Level, in_channels: int, out_channels: int, layers: int, resample: bool
+    ) -> None:
+        channels = [(out_channels if i else in_channels, out_channels, out_channels) for i in range(layers)]
+        super().__init__(kind, shared, level, channels, k_self_attention=not resample)
+        self.is_k = kind.resampler == "k"
+        # the lowest level of a k network hands its output on and, when it attends to a context, keeps no copy of it
+        last = 0 if kind.attention == "k" and not resample else out_channels
+        self.state_channels = [last] if self.is_k else [out_channels] * (layers + resample)
+        self.keeps_state = last > 0
+        self.residual_before_resample = kind.attention == "transformer"
+        self.downsamplers: nn.ModuleList | None = None
+        if resample:
+            samplers: dict[str, Callable[[], nn.Module]] = {
+                "conv": lambda: Downsample2D(out_channels, padding=shared.downsample_padding),
+                "resnet": lambda: _resnet(shared, out_channels, out_channels, self.scale, down=True),
+                "k": lambda: BinomialResample(up=False, padding="reflect"),
+            }
+            self.downsamplers = nn.ModuleList([samplers[kind.resampler]()])
+
+    def forward(
+        self, x: torch.Tensor, c: Conditions, residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """``x`` (B, C, H, W) -> (B, C', H/2, W/2), and the states that the up blocks need.
+
+        ``residual`` is an adapter's addition: before the halving where there is a transformer, after it elsewhere.
+        """
+        temb = c.activated if self.activated else c.temb
+        states: list[torch.Tensor | None] = []
+        if self.attentions is None:
+            for resnet in self.resnets:
+                x = resnet(x, temb)
+                states.append(x)
+        else:
+            for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+                x = self.attend(attention, resnet(x, temb), c)
+                states.append(x)
+        if residual is not None and self.residual_before_resample:
+            x = states[-1] = x + residual
+        if self.is_k:
+            states = [x if self.keeps_state else None]
+        if self.downsamplers is not None:
+            for sampler in self.downsamplers:
+                x = sampler(x, temb) if self.resample_with_time else sampler(x)
+            if not self.is_k:
+                states.append(x)
+        if residual is not None and not self.residual_before_resample:
+            x = states[-1] = x + residual
+        return x, states
+
+
+class UpBlock(_Block):
+    """Layers, each with a state of the way down, then doubling.
+
+    Args:
+        kind: Block type.
+        in_channels: Channels in.
+        out_channels: Channels of the layers.
+        next_channels: Channels of the next block's layers; ``k`` blocks change to them at their end.
+        state_channels: Channels of the states, in order of use; one for each layer, or a single one for ``k`` blocks.
+        layers: Number of layers.
+        resample: Double at the end.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        shared: Shared,
+        level: Level,
+        in_channels: int,
+        out_channels: int,
+        next_channels: int,
+        state_channels: Sequence[int],
+        layers: int,
+        resample: bool,
+    ) -> None:
+        self.is_k = kind.resampler == "k"
+        self.out_channels = next_channels if self.is_k else out_channels
+        inputs = [in_channels] + [out_channels] * (layers - 1)
+        states = [*state_channels, *[0] * (layers - len(state_channels))]
+        outputs = [out_channels] * (layers - 1) + [self.out_channels]
+        middles = [out_channels] * layers if kind.attention else outputs
+        channels = [(i + s, m, o) for i, s, m, o in zip(inputs, states, middles, outputs, strict=True)]
+        super().__init__(kind, shared, level, channels, k_self_attention=state_channels[0] == 0)
+        self.num_states = len(state_channels)
+        self.takes_size = kind.resampler == "conv"
+        self.upsamplers: nn.ModuleList | None = None
+        if resample:
+            samplers: dict[str, Callable[[], nn.Module]] = {
+                "conv": lambda: Upsample2D(out_channels),
+                "resnet": lambda: _resnet(shared, out_channels, out_channels, self.scale, up=True),
+                "k": lambda: BinomialResample(up=True, padding="reflect"),
+            }
+            self.upsamplers = nn.ModuleList([samplers[kind.resampler]()])
+
+    def forward(
+        self, x: torch.Tensor, states: list[torch.Tensor], c: Conditions, size: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """``x`` (B, C, H, W), ``states`` of the way down, last used first -> (B, C', 2H, 2W), or of ``size``."""
+        temb = c.activated if self.activated else c.temb
+        attentions = self.attentions or [None] * len(self.resnets)
+        for i, (resnet, attention) in enumerate(zip(self.resnets, attentions, strict=True)):
+            if i < self.num_states and states[-1 - i] is not None:
+                x = torch.cat([x, states[-1 - i]], dim=1)
+            x = resnet(x, temb)
+            if attention is not None:
+                x = self.attend(attention, x, c)
+        if self.upsamplers is not None:
+            for sampler in self.upsamplers:
+                if self.resample_with_time:
+                    x = sampler(x, temb)
+                else:
+                    x = sampler(x) if size is None else sampler(x, size)
+        return x
+
+
+class MidBlock(nn.Module):
+    """A layer, and perhaps an attention and another layer, at the lowest resolution.
+
+    Args:
+        attention: Kind of attention, ``None`` for none.
+        channels: Channels in and out.
+        scale: The outputs of the layers and of pixel attentions are divided by this.
+        pair: Have the attention and the second layer.
+    """
+
+    def __init__(self, attention: str | None, shared: Shared, level: Level, channels: int, scale: float, pair: bool = True) -> None:
+        super().__init__()
+        self.activated = not (attention == "added" and shared.resnet_skip_time_act)
+        self.resnets = nn.ModuleList(_resnet(shared, channels, channels, scale) for _ in range(1 + pair))
+        self.attentions: nn.ModuleList | None = None
+        if attention is not None:
+            depth = level.depth if isinstance(level.depth, int) else level.depth[0]
+            self.attentions = nn.ModuleList([_attention(attention, channels, level, shared, depth, False)])
+            if attention == "pixel":
+                self.attentions[0].rescale_output_factor = scale
+            self.attend = _ATTEND[attention]
+
+    def forward(self, x: torch.Tensor, c: Conditions) -> torch.Tensor:
+        """``x`` (B, C, H, W) -> the same."""
+        temb = c.activated if self.activated else c.temb
+        first, *rest = self.resnets
+        x = first(x, temb)
+        if self.attentions is not None:
+            for attention in self.attentions:
+                x = self.attend(attention, x, c)
+        for resnet in rest:
+            x = resnet(x, temb)
+        return x

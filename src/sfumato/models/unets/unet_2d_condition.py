@@ -1,0 +1,291 @@
+"""The conditional U-Net of latent diffusion and its relatives (arXiv:2112.10752; SDXL: arXiv:2307.01952; Imagen: arXiv:2205.11487)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import ConfigError
+from ..layers.attention import additive_mask
+from ..layers.resnet import activation
+from .base import UNet2DConditionOutput, per_level, shared_options, time_tensor
+from .blocks import Conditions, Level, MidBlock, Shared
+from .conditioning import ConditionedUNet
+
+_MID_BLOCKS = {"UNetMidBlock2DCrossAttn": "transformer", "UNetMidBlock2DSimpleCrossAttn": "added", "UNetMidBlock2D": None}
+
+
+class UNet2DConditionModel(ConditionedUNet):
+    """A U-Net that predicts from a noisy sample, its time, and tokens to attend to.
+
+    Args:
+        sample_size: Height and width of the sample it was trained for; information only.
+        in_channels: Channels of the sample.
+        out_channels: Channels of the prediction.
+        center_input_sample: The sample is given in 0..1 and moved to -1..1.
+        flip_sin_to_cos: Cosines first in time embeddings.
+        freq_shift: See :func:`~sfumato.models.layers.embeddings.sinusoids`.
+        down_block_types: From the finest resolution.
+        mid_block_type: ``"UNetMidBlock2DCrossAttn"``, ``"UNetMidBlock2DSimpleCrossAttn"``, ``"UNetMidBlock2D"`` or ``None``.
+        up_block_types: From the coarsest resolution.
+        only_cross_attention: No attention within the picture; for all resolutions or for each.
+        block_out_channels: Channels of each resolution.
+        layers_per_block: Residual layers, for all down blocks or for each; up blocks have one more.
+        downsample_padding: Padding of the halving convolutions.
+        mid_block_scale_factor: Outputs of the residual layers in the middle are divided by this.
+        dropout: In the residual layers.
+        act_fn: Activation: ``"silu"``, ``"swish"``, ``"mish"``, ``"gelu"`` or ``"relu"``.
+        norm_num_groups: Groups of the normalisations; ``None`` for networks of ``K`` blocks, which have their own.
+        norm_eps: Of the normalisations.
+        cross_attention_dim: Width of the tokens, for all resolutions or for each.
+        transformer_layers_per_block: Depth of the transformers, for all, for each resolution, or for each layer of each.
+        reverse_transformer_layers_per_block: The same for the up blocks, from the coarsest.
+        encoder_hid_dim: Width of the tokens before a projection.
+        encoder_hid_dim_type: ``None``, ``"text_proj"``, ``"text_image_proj"`` or ``"image_proj"``.
+        attention_head_dim: In transformers the number of heads (a misnomer that checkpoints keep), elsewhere their width.
+        num_attention_heads: Must be ``None``.
+        dual_cross_attention: Not offered.
+        use_linear_projection: Transformers project by linear layers instead of 1x1 convolutions.
+        class_embed_type: ``None``, ``"timestep"``, ``"identity"``, ``"projection"`` or ``"simple_projection"``.
+        addition_embed_type: ``None``, ``"text"``, ``"text_image"``, ``"text_time"``, ``"image"`` or ``"image_hint"``.
+        addition_time_embed_dim: Width of the embedding of each size number with ``"text_time"``.
+        num_class_embeds: Number of classes, ``None`` for none.
+        upcast_attention: Accepted and without effect: attention scores are always accumulated in float32.
+        resnet_time_scale_shift: ``"default"`` adds the time embedding, ``"scale_shift"`` modulates with it.
+        resnet_skip_time_act: Do not activate the time embedding in blocks of the ``Simple`` and ``Resnet`` types.
+        resnet_out_scale_factor: Outputs of their residual layers are divided by this.
+        time_embedding_type: ``"positional"`` or ``"fourier"``.
+        time_embedding_dim: Width of the time embedding.
+        time_embedding_act_fn: Activation of the final time embedding.
+        timestep_post_act: Activation of the time embedding before classes and additions.
+        time_cond_proj_dim: Width of ``timestep_cond``.
+        conv_in_kernel: Size of the first convolution.
+        conv_out_kernel: Size of the last.
+        projection_class_embeddings_input_dim: Width of the input of projections of classes, or of ``"text_time"``.
+        attention_type: Must be ``"default"``.
+        class_embeddings_concat: Concatenate the class embedding to the time embedding instead of adding it.
+        mid_block_only_cross_attention: ``only_cross_attention`` of the middle.
+        cross_attention_norm: Normalisation of the tokens in ``Simple`` and ``K`` blocks: ``"layer_norm"`` or ``"group_norm"``.
+        addition_embed_type_num_heads: Heads of the pooling with ``"text"``.
+
+    Raises:
+        ConfigError: Values are unknown or do not fit together.
+    """
+
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        center_input_sample: bool = False,
+        flip_sin_to_cos: bool = True,
+        freq_shift: int = 0,
+        down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+        mid_block_type: str | None = "UNetMidBlock2DCrossAttn",
+        up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        only_cross_attention: bool | tuple[bool, ...] = False,
+        block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
+        layers_per_block: int | tuple[int, ...] = 2,
+        downsample_padding: int = 1,
+        mid_block_scale_factor: float = 1,
+        dropout: float = 0.0,
+        act_fn: str = "silu",
+        norm_num_groups: int | None = 32,
+        norm_eps: float = 1e-5,
+        cross_attention_dim: int | tuple[int, ...] = 1280,
+        transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1,
+        reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None,
+        encoder_hid_dim: int | None = None,
+        encoder_hid_dim_type: str | None = None,
+        attention_head_dim: int | tuple[int, ...] = 8,
+        num_attention_heads: int | tuple[int, ...] | None = None,
+        dual_cross_attention: bool = False,
+        use_linear_projection: bool = False,
+        class_embed_type: str | None = None,
+        addition_embed_type: str | None = None,
+        addition_time_embed_dim: int | None = None,
+        num_class_embeds: int | None = None,
+        upcast_attention: bool = False,
+        resnet_time_scale_shift: str = "default",
+        resnet_skip_time_act: bool = False,
+        resnet_out_scale_factor: float = 1.0,
+        time_embedding_type: str = "positional",
+        time_embedding_dim: int | None = None,
+        time_embedding_act_fn: str | None = None,
+        timestep_post_act: str | None = None,
+        time_cond_proj_dim: int | None = None,
+        conv_in_kernel: int = 3,
+        conv_out_kernel: int = 3,
+        projection_class_embeddings_input_dim: int | None = None,
+        attention_type: str = "default",
+        class_embeddings_concat: bool = False,
+        mid_block_only_cross_attention: bool | None = None,
+        cross_attention_norm: str | None = None,
+        addition_embed_type_num_heads: int = 64,
+    ) -> None:
+        super().__init__()
+        _refuse_unoffered(num_attention_heads, dual_cross_attention, attention_type)
+        if encoder_hid_dim is not None and encoder_hid_dim_type is None:
+            self.register_to_config(encoder_hid_dim_type="text_proj")
+        width = block_out_channels[0]
+        self.conv_in = nn.Conv2d(in_channels, width, conv_in_kernel, padding=(conv_in_kernel - 1) // 2)
+        temb_channels = self._build_conditioning()
+        shared = shared_options(self.config, temb_channels)
+        layers = per_level(layers_per_block, len(down_block_types), "layers_per_block")
+        levels, up_levels = _levels(self.config)
+        self._build(shared, levels, layers, up_levels)
+        self.mid_block = self._build_mid(shared, levels[-1])
+        self._build_out(norm_num_groups, conv_out_kernel)
+        self.activation = activation(act_fn)
+        self.center_input_sample = center_input_sample
+        self.reads_hint = addition_embed_type == "image_hint"
+
+    def _build_mid(self, shared: Shared, level: Level) -> MidBlock | None:
+        config, kind = self.config, self.config.mid_block_type
+        if kind is None:
+            return None
+        if kind not in _MID_BLOCKS:
+            raise ConfigError(f"mid_block_type={kind!r} is unknown: expected {', '.join(_MID_BLOCKS)} or None")
+        only_cross = config.mid_block_only_cross_attention
+        if only_cross is None:
+            only_cross = config.only_cross_attention if isinstance(config.only_cross_attention, bool) else False
+        attention = _MID_BLOCKS[kind]
+        # transformers in the middle always attend to the picture too
+        level = dataclasses.replace(level, only_cross_attention=only_cross and attention == "added")
+        return MidBlock(
+            attention, shared, level, config.block_out_channels[-1], config.mid_block_scale_factor, attention is not None
+        )
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor | None,
+        class_labels: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
+        down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
+        down_intrablock_additional_residuals: Sequence[torch.Tensor] | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
+        """Predicts.
+
+        Args:
+            sample: Noisy sample ``(B, in_channels, H, W)``.
+            timestep: One time, or ``(B,)`` of them.
+            encoder_hidden_states: Tokens ``(B, M, C)``; ``None`` only where ``encoder_hid_dim_type="image_proj"`` makes them.
+            class_labels: Classes or class embeddings, where the network was built with them.
+            timestep_cond: Condition of the time embedding ``(B, time_cond_proj_dim)``, such as an embedded guidance scale.
+            attention_mask: 1 keeps, 0 hides, ``(B, N)``: of the attention within the picture, which then must have N pixels
+                at every level; in ``Simple`` blocks, of the tokens.
+            cross_attention_kwargs: Must be empty: adapters are scaled where they are loaded.
+            added_cond_kwargs: What ``addition_embed_type`` and ``encoder_hid_dim_type`` ask for: ``text_embeds``,
+                ``time_ids``, ``image_embeds``, ``hint``.
+            down_block_additional_residuals: Added to the states of the way down, one for each (ControlNet).
+            mid_block_additional_residual: Added after the middle (ControlNet).
+            down_intrablock_additional_residuals: Added in the down blocks, one for each (T2I-Adapter).
+            encoder_attention_mask: 1 keeps, 0 hides, ``(B, M)``: of the tokens.
+            return_dict: Return :class:`UNet2DConditionOutput`, otherwise a tuple.
+
+        Returns:
+            The prediction ``(B, out_channels, H, W)``.
+
+        Raises:
+            ValueError: An argument is unknown to the network, missing, or does not fit.
+        """
+        if cross_attention_kwargs:
+            raise ValueError(
+                f"cross_attention_kwargs={dict(cross_attention_kwargs)!r} is not read: scale adapters where they are loaded"
+            )
+        added = added_cond_kwargs or {}
+        if added or self.added_inputs:
+            self.check_added(added)
+        dtype = self.conv_in.weight.dtype
+        if self.center_input_sample:
+            sample = 2 * sample - 1.0
+        times = time_tensor(timestep, sample)
+        temb = self.embed_time(times, dtype, encoder_hidden_states, class_labels, timestep_cond, added)
+        c = Conditions(
+            temb,
+            self.activation(temb),
+            self.project_tokens(encoder_hidden_states, added),
+            None if attention_mask is None else additive_mask(attention_mask, dtype),
+            None if encoder_attention_mask is None else additive_mask(encoder_attention_mask, dtype),
+        )
+        if self.reads_hint:
+            sample = torch.cat([sample, self.add_embedding.hint(added["hint"])], dim=1)
+        uneven = self._check_sample(sample)
+        x, states = self._down(self.conv_in(sample), c, self._intrablock(down_intrablock_additional_residuals))
+        if down_block_additional_residuals is not None:
+            states = _add_residuals(states, down_block_additional_residuals)
+        if self.mid_block is not None:
+            x = self.run_block(self.mid_block, x, c)
+        if mid_block_additional_residual is not None:
+            x = x + mid_block_additional_residual
+        x, _ = self._up(x, states, c, uneven)
+        x = self._out(x)
+        return UNet2DConditionOutput(x) if return_dict else (x,)
+
+    def _intrablock(self, residuals: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
+        if residuals is None:
+            return ()
+        if len(residuals) != len(self.down_blocks):
+            count = len(self.down_blocks)
+            raise ValueError(f"down_intrablock_additional_residuals holds {len(residuals)} tensors: pass {count}, one a down block")
+        return residuals
+
+
+def _add_residuals(states: list[Any], residuals: Sequence[torch.Tensor]) -> list[Any]:
+    if len(residuals) != len(states):
+        raise ValueError(f"down_block_additional_residuals holds {len(residuals)} tensors, this network has {len(states)} states")
+    return [state + residual for state, residual in zip(states, residuals, strict=True)]
+
+
+def _refuse_unoffered(num_attention_heads: Any, dual_cross_attention: bool, attention_type: str) -> None:
+    if num_attention_heads is not None:
+        raise ConfigError(
+            f"num_attention_heads={num_attention_heads!r}: this checkpoint format keeps the number of heads in attention_head_dim"
+        )
+    if dual_cross_attention:
+        raise ConfigError("dual_cross_attention=True is not offered: no published pipeline uses it")
+    if attention_type != "default":
+        raise ConfigError(f"attention_type={attention_type!r} is not offered: expected 'default'")
+
+
+def _levels(config: Mapping[str, Any]) -> tuple[list[Level], list[Level]]:
+    """Reads from a configuration what each resolution has of its own: for the way down, and for the way up."""
+    count = len(config["down_block_types"])
+
+    def each(key: str) -> list[Any]:
+        return per_level(config[key], count, key)
+
+    heads, only_cross, context = each("attention_head_dim"), each("only_cross_attention"), each("cross_attention_dim")
+    depths = each("transformer_layers_per_block")
+    up_depths = config["reverse_transformer_layers_per_block"]
+    if up_depths is None:
+        nested = [depth for depth in depths if not isinstance(depth, int)]
+        if nested:
+            raise ConfigError(
+                f"transformer_layers_per_block gives depths of single layers ({nested[0]}), and up blocks have one layer more: "
+                "give reverse_transformer_layers_per_block too"
+            )
+        up_depths = depths[::-1]
+    elif len(up_depths) != count:
+        raise ConfigError(f"reverse_transformer_layers_per_block={up_depths!r} has {len(up_depths)} values: give {count}")
+
+    def level(i: int, depth: int | Sequence[int]) -> Level:
+        width = config["block_out_channels"][i] if i < len(config["block_out_channels"]) else 0
+        if heads[i] is None or heads[i] <= 0 or heads[i] > width:
+            raise ConfigError(f"attention_head_dim={heads[i]!r} does not fit the {width} channels of level {i}")
+        return Level(heads[i], heads[i], context[i], depth, only_cross[i], config["norm_num_groups"])
+
+    down = [level(i, depths[i]) for i in range(count)]
+    return down, [level(count - 1 - i, depth) for i, depth in enumerate(up_depths)]
