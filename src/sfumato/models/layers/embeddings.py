@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,7 @@ class ImageTimeEmbedding(nn.Module):
         self.image_norm = nn.LayerNorm(dim)
         if hint:
             widths, layers = (3, 16, 16, 32, 32, 96, 96, 256), []
-            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+            for i, (a, b) in enumerate(pairwise(widths)):
                 # every second convolution halves the picture, from the third on
                 layers += [nn.Conv2d(a, b, 3, padding=1, stride=2 if i and i % 2 == 0 else 1), nn.SiLU()]
             self.input_hint_block = nn.Sequential(*layers, nn.Conv2d(256, 4, 3, padding=1))

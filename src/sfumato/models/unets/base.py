@@ -157,10 +157,10 @@ class UNetBase(ModelMixin):
             self.up_blocks.append(block)
             channels = block.out_channels
 
-    def _build_out(self, groups: int | None, kernel: int = 3) -> None:
+    def _build_out(self, groups: int | None, act: str, kernel: int = 3) -> None:
         config, width = self.config, self.config.block_out_channels[0]
         self.conv_norm_out = None if groups is None else nn.GroupNorm(groups, width, eps=config.norm_eps)
-        self.conv_act = None if groups is None else activation(config.act_fn)
+        self.conv_act = None if groups is None else activation(act)
         self.conv_out = nn.Conv2d(width, config.out_channels, kernel, padding=(kernel - 1) // 2)
 
     def _check_sample(self, sample: torch.Tensor) -> bool:

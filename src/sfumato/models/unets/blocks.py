@@ -141,7 +141,26 @@ _ATTEND: dict[str, Callable[[nn.Module, torch.Tensor, Conditions], torch.Tensor]
 }
 
 
-def _attention(kind: str, channels: int, level: Level, shared: Shared, depth: int, k_self_attention: bool) -> nn.Module:
+def pixel_attention(channels: int, head_dim: int | None, groups: int | None, eps: float, scale: float) -> Attention:
+    """Attention within a feature map, added to it; ``scale`` divides the sum."""
+    head_dim = head_dim or channels
+    return Attention(
+        channels,
+        heads=channels // head_dim,
+        dim_head=head_dim,
+        bias=True,
+        norm_num_groups=groups,
+        eps=eps,
+        residual_connection=True,
+        rescale_output_factor=scale,
+    )
+
+
+def _attention(
+    kind: str, channels: int, level: Level, shared: Shared, depth: int, scale: float = 1.0, k_self_attention: bool = False
+) -> nn.Module:
+    if kind == "pixel":
+        return pixel_attention(channels, level.head_dim, level.groups, shared.norm_eps, scale)
     if kind == "transformer":
         return Transformer2D(
             channels,
@@ -157,26 +176,20 @@ def _attention(kind: str, channels: int, level: Level, shared: Shared, depth: in
         return KAttentionBlock(
             channels, head_dim, level.cross_attention_dim, shared.temb_channels, k_self_attention, shared.cross_attention_norm
         )
-    added: dict[str, Any] = {}
-    if kind == "added":
-        added = {
-            "added_kv_proj_dim": level.cross_attention_dim,
-            "only_cross_attention": level.only_cross_attention,
-            "cross_attention_norm": shared.cross_attention_norm,
-        }
     return Attention(
         channels,
         heads=channels // head_dim,
         dim_head=head_dim,
         bias=True,
         norm_num_groups=level.groups,
-        eps=shared.norm_eps if kind == "pixel" else 1e-5,
         residual_connection=True,
-        **added,
+        added_kv_proj_dim=level.cross_attention_dim,
+        only_cross_attention=level.only_cross_attention,
+        cross_attention_norm=shared.cross_attention_norm,
     )
 
 
-def _resnet(shared: Shared, in_channels: int, out_channels: int, scale: float, **options: Any) -> ResnetBlock2D:
+def make_resnet(shared: Shared, in_channels: int, out_channels: int, scale: float, **options: Any) -> ResnetBlock2D:
     """A residual layer that takes the activated time embedding."""
     return ResnetBlock2D(
         in_channels,
@@ -230,13 +243,13 @@ class _Block(nn.Module):
         if kind.resampler == "k":
             layers: list[nn.Module] = [KResnetBlock(*c, shared.temb_channels, shared.act_fn, shared.dropout) for c in plan]
         else:
-            layers = [_resnet(shared, first, last, self.scale) for first, _, last in plan]
+            layers = [make_resnet(shared, first, last, self.scale) for first, _, last in plan]
         self.resnets = nn.ModuleList(layers)
         self.attentions: nn.ModuleList | None = None
         if kind.attention is not None:
             depths = per_layer(level.depth, len(plan), "transformer_layers_per_block")
             self.attentions = nn.ModuleList(
-                _attention(kind.attention, last, level, shared, depth, k_self_attention)
+                _attention(kind.attention, last, level, shared, depth, k_self_attention=k_self_attention)
                 for (_, _, last), depth in zip(plan, depths, strict=True)
             )
             self.attend = _ATTEND[kind.attention]
@@ -269,7 +282,7 @@ class DownBlock(_Block):
         if resample:
             samplers: dict[str, Callable[[], nn.Module]] = {
                 "conv": lambda: Downsample2D(out_channels, padding=shared.downsample_padding),
-                "resnet": lambda: _resnet(shared, out_channels, out_channels, self.scale, down=True),
+                "resnet": lambda: make_resnet(shared, out_channels, out_channels, self.scale, down=True),
                 "k": lambda: BinomialResample(up=False, padding="reflect"),
             }
             self.downsamplers = nn.ModuleList([samplers[kind.resampler]()])
@@ -344,7 +357,7 @@ class UpBlock(_Block):
         if resample:
             samplers: dict[str, Callable[[], nn.Module]] = {
                 "conv": lambda: Upsample2D(out_channels),
-                "resnet": lambda: _resnet(shared, out_channels, out_channels, self.scale, up=True),
+                "resnet": lambda: make_resnet(shared, out_channels, out_channels, self.scale, up=True),
                 "k": lambda: BinomialResample(up=True, padding="reflect"),
             }
             self.upsamplers = nn.ModuleList([samplers[kind.resampler]()])
@@ -363,10 +376,7 @@ class UpBlock(_Block):
                 x = self.attend(attention, x, c)
         if self.upsamplers is not None:
             for sampler in self.upsamplers:
-                if self.resample_with_time:
-                    x = sampler(x, temb)
-                else:
-                    x = sampler(x) if size is None else sampler(x, size)
+                x = sampler(x, temb) if self.resample_with_time else sampler(x) if size is None else sampler(x, size)
         return x
 
 
@@ -383,13 +393,11 @@ class MidBlock(nn.Module):
     def __init__(self, attention: str | None, shared: Shared, level: Level, channels: int, scale: float, pair: bool = True) -> None:
         super().__init__()
         self.activated = not (attention == "added" and shared.resnet_skip_time_act)
-        self.resnets = nn.ModuleList(_resnet(shared, channels, channels, scale) for _ in range(1 + pair))
+        self.resnets = nn.ModuleList(make_resnet(shared, channels, channels, scale) for _ in range(1 + pair))
         self.attentions: nn.ModuleList | None = None
         if attention is not None:
             depth = level.depth if isinstance(level.depth, int) else level.depth[0]
-            self.attentions = nn.ModuleList([_attention(attention, channels, level, shared, depth, False)])
-            if attention == "pixel":
-                self.attentions[0].rescale_output_factor = scale
+            self.attentions = nn.ModuleList([_attention(attention, channels, level, shared, depth, scale)])
             self.attend = _ATTEND[attention]
 
     def forward(self, x: torch.Tensor, c: Conditions) -> torch.Tensor:

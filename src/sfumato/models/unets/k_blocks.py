@@ -11,11 +11,11 @@ from ..layers.resnet import activation
 
 
 class AdaGroupNorm(nn.Module):
-    """Group normalisation whose scale and shift are a linear function of the time embedding."""
+    """Group normalisation, 32 channels a group, whose scale and shift are a linear function of the time embedding."""
 
-    def __init__(self, temb_channels: int, channels: int, groups: int) -> None:
+    def __init__(self, temb_channels: int, channels: int) -> None:
         super().__init__()
-        self.groups = groups
+        self.groups = max(1, channels // 32)
         self.linear = nn.Linear(temb_channels, 2 * channels)
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
@@ -25,7 +25,7 @@ class AdaGroupNorm(nn.Module):
 
 
 class KResnetBlock(nn.Module):
-    """A residual block normalised by :class:`AdaGroupNorm`; 32 channels a group.
+    """A residual block normalised by :class:`AdaGroupNorm`.
 
     Args:
         in_channels: Channels in.
@@ -40,9 +40,9 @@ class KResnetBlock(nn.Module):
         self, in_channels: int, mid_channels: int, out_channels: int, temb_channels: int, act: str, dropout: float
     ) -> None:
         super().__init__()
-        self.norm1 = AdaGroupNorm(temb_channels, in_channels, max(1, in_channels // 32))
+        self.norm1 = AdaGroupNorm(temb_channels, in_channels)
         self.conv1 = nn.Conv2d(in_channels, mid_channels, 3, padding=1)
-        self.norm2 = AdaGroupNorm(temb_channels, mid_channels, max(1, mid_channels // 32))
+        self.norm2 = AdaGroupNorm(temb_channels, mid_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(mid_channels, out_channels, 3, padding=1)
         self.nonlinearity = activation(act)
@@ -68,14 +68,19 @@ class KAttentionBlock(nn.Module):
         cross_attention_norm: str | None,
     ) -> None:
         super().__init__()
-        shape = {"heads": channels // head_dim, "dim_head": head_dim, "bias": True}
+        heads = channels // head_dim
         self.norm1 = self.attn1 = None
         if self_attention:
-            self.norm1 = AdaGroupNorm(temb_channels, channels, max(1, channels // head_dim))
-            self.attn1 = Attention(channels, **shape)
-        self.norm2 = AdaGroupNorm(temb_channels, channels, max(1, channels // head_dim))
+            self.norm1 = AdaGroupNorm(temb_channels, channels)
+            self.attn1 = Attention(channels, heads=heads, dim_head=head_dim, bias=True)
+        self.norm2 = AdaGroupNorm(temb_channels, channels)
         self.attn2 = Attention(
-            channels, cross_attention_dim=cross_attention_dim, cross_attention_norm=cross_attention_norm, **shape
+            channels,
+            cross_attention_dim=cross_attention_dim,
+            heads=heads,
+            dim_head=head_dim,
+            bias=True,
+            cross_attention_norm=cross_attention_norm,
         )
 
     def forward(

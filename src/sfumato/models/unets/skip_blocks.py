@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import Conditions, Kind, Level, Shared, _attention, _resnet
+from ..layers.attention import Attention
+from .blocks import Conditions, Kind, Level, Shared, make_resnet, pixel_attention
 from .k_blocks import BinomialResample
 
 
@@ -19,10 +20,14 @@ def _groups(channels: int) -> int:
 
 def _skip_resnet(shared: Shared, in_channels: int, out_channels: int, **options: bool) -> nn.Module:
     groups = {"groups": _groups(in_channels), "groups_out": _groups(out_channels)}
-    resnet = _resnet(shared, in_channels, out_channels, math.sqrt(2.0), **groups, **options)
+    resnet = make_resnet(shared, in_channels, out_channels, math.sqrt(2.0), **groups, **options)
     if options:
         resnet.resample = BinomialResample(up=bool(options.get("up")), padding="constant")
     return resnet
+
+
+def _skip_attention(channels: int, level: Level, shared: Shared) -> Attention:
+    return pixel_attention(channels, level.head_dim, 32, shared.norm_eps, math.sqrt(2.0))
 
 
 class SkipDownBlock(nn.Module):
@@ -37,7 +42,7 @@ class SkipDownBlock(nn.Module):
         self.resnets = nn.ModuleList(_skip_resnet(shared, out_channels if i else in_channels, out_channels) for i in range(layers))
         self.attentions: nn.ModuleList | None = None
         if kind.attention is not None:
-            self.attentions = nn.ModuleList(_attention("pixel", out_channels, level, shared, 1, False) for _ in range(layers))
+            self.attentions = nn.ModuleList(_skip_attention(out_channels, level, shared) for _ in range(layers))
         self.state_channels = [out_channels] * (layers + resample)
         self.resnet_down: nn.Module | None = None
         if resample:
@@ -87,7 +92,7 @@ class SkipUpBlock(nn.Module):
         self.resnets = nn.ModuleList(_skip_resnet(shared, i + s, out_channels) for i, s in zip(inputs, state_channels, strict=True))
         self.attentions: nn.ModuleList | None = None
         if kind.attention is not None:
-            self.attentions = nn.ModuleList([_attention("pixel", out_channels, level, shared, 1, False)])
+            self.attentions = nn.ModuleList([_skip_attention(out_channels, level, shared)])
         self.upsampler = BinomialResample(up=True, padding="constant")
         self.resnet_up: nn.Module | None = None
         if resample:

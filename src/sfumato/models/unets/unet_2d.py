@@ -107,7 +107,7 @@ class UNet2DModel(UNetBase):
         self.mid_block = (
             MidBlock(attention, shared, mid, block_out_channels[-1], mid_block_scale_factor) if mid_block_type else None
         )
-        self._build_out(norm_num_groups or min(block_out_channels[0] // 4, 32))
+        self._build_out(norm_num_groups, "silu")
         self.activation = activation(act_fn)
 
     def _build_time(self, width: int, time_dim: int) -> None:

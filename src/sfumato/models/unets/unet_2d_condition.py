@@ -1,4 +1,4 @@
-"""The conditional U-Net of latent diffusion and its relatives (arXiv:2112.10752; SDXL: arXiv:2307.01952; Imagen: arXiv:2205.11487)."""
+"""The conditional U-Net of latent diffusion and relatives (arXiv:2112.10752; SDXL: arXiv:2307.01952; Imagen: arXiv:2205.11487)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from ...errors import ConfigError
 from ..layers.attention import additive_mask
+from ..layers.embeddings import ImageTimeEmbedding
 from ..layers.resnet import activation
 from .base import UNet2DConditionOutput, per_level, shared_options, time_tensor
 from .blocks import Conditions, Level, MidBlock, Shared
@@ -139,10 +140,9 @@ class UNet2DConditionModel(ConditionedUNet):
         levels, up_levels = _levels(self.config)
         self._build(shared, levels, layers, up_levels)
         self.mid_block = self._build_mid(shared, levels[-1])
-        self._build_out(norm_num_groups, conv_out_kernel)
+        self._build_out(norm_num_groups, act_fn, conv_out_kernel)
         self.activation = activation(act_fn)
         self.center_input_sample = center_input_sample
-        self.reads_hint = addition_embed_type == "image_hint"
 
     def _build_mid(self, shared: Shared, level: Level) -> MidBlock | None:
         config, kind = self.config, self.config.mid_block_type
@@ -220,7 +220,7 @@ class UNet2DConditionModel(ConditionedUNet):
             None if attention_mask is None else additive_mask(attention_mask, dtype),
             None if encoder_attention_mask is None else additive_mask(encoder_attention_mask, dtype),
         )
-        if self.reads_hint:
+        if isinstance(self.add_embedding, ImageTimeEmbedding) and "hint" in added:
             sample = torch.cat([sample, self.add_embedding.hint(added["hint"])], dim=1)
         uneven = self._check_sample(sample)
         x, states = self._down(self.conv_in(sample), c, self._intrablock(down_intrablock_additional_residuals))
