@@ -123,3 +123,7 @@ def locate_config(
     """Returns the path of one configuration file of a checkpoint (see :class:`Source` for the options)."""
     source = Source(name_or_path, revision, token, cache_dir, local_files_only, force_download)
     return source.file(filename, subfolder or "")
+
+
+EMBEDDED_MODEL = Path(__file__).parent / "assets" / "emoji-64"
+"""The small text-to-image model that ships inside the package."""

@@ -96,7 +96,7 @@ class DDIMPipeline(
     """Pictures without conditions, in few steps: whatever scheduler is given becomes a DDIM scheduler."""
 
     def adopt(self) -> None:
-        from ..schedulers.ddim import DDIMScheduler
+        from ..schedulers.discrete import DDIMScheduler
 
         if not isinstance(self.scheduler, DDIMScheduler):
             self.scheduler = DDIMScheduler.from_config(self.scheduler.config)

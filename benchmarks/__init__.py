@@ -1,0 +1,1 @@
+"""Speed and memory beside the reference, in the same conditions."""

@@ -1,0 +1,215 @@
+"""Tiny random checkpoints, written by the reference in its own format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+
+def tokenizer(folder: Path) -> transformers.CLIPTokenizer:
+    """A CLIP tokenizer of single bytes and a few words."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = sorted(ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, *(a + "</w>" for a in alphabet)])}
+    merges = []
+    for word in ("red", "cat", "blue"):
+        merges += [f"{word[0]} {word[1]}", *(f"{word[:i]} {word[i]}" for i in range(2, len(word) - 1)), f"{word[:-1]} {word[-1]}</w>"]
+    for merge in merges:
+        vocab.setdefault(merge.replace(" ", ""), len(vocab))
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[special] = len(vocab)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def unet(**changes: Any) -> Any:
+    """A tiny conditional U-Net."""
+    config: dict[str, Any] = dict(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    return diffusers.UNet2DConditionModel(**{**config, **changes})
+
+
+def vae(**changes: Any) -> Any:
+    """A tiny autoencoder, two pixels per latent."""
+    config: dict[str, Any] = dict(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+    )
+    return diffusers.AutoencoderKL(**{**config, **changes})
+
+
+def text_encoder(vocab_size: int, **changes: Any) -> Any:
+    """A tiny CLIP text model."""
+    config: dict[str, Any] = dict(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=77
+    )
+    config |= dict(bos_token_id=vocab_size - 2, eos_token_id=vocab_size - 1, pad_token_id=vocab_size - 1, projection_dim=32)
+    return transformers.CLIPTextModel(transformers.CLIPTextConfig(**{**config, **changes})).eval()
+
+
+def safety_checker() -> Any:
+    """A tiny safety checker that objects to nearly everything."""
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)
+    config = transformers.CLIPConfig(text_config=dict(hidden_size=16), vision_config=vision, projection_dim=16)
+    checker = StableDiffusionSafetyChecker(config).eval()
+    for name, parameter in checker.named_parameters():
+        if "embeds" in name:
+            parameter.data = torch.randn(parameter.shape) if not name.endswith("weights") else torch.full(parameter.shape, 0.45)
+    return checker
+
+
+def scheduler(name: str = "DDIMScheduler", **changes: Any) -> Any:
+    """A scheduler with the noise table of Stable Diffusion."""
+    config: dict[str, Any] = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return getattr(diffusers, name)(**{**config, **changes})
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    """A smooth random picture, width x height."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BICUBIC)
+
+
+def mask(size: tuple[int, int] = (32, 32)) -> Image.Image:
+    """A mask whose middle is painted anew."""
+    array = np.zeros((size[1], size[0]), dtype=np.uint8)
+    array[size[1] // 4 : size[1] * 3 // 4, size[0] // 4 : size[0] * 3 // 4] = 255
+    return Image.fromarray(array)
+
+
+def image_processor() -> Any:
+    """What prepares pictures for the tiny vision models."""
+    return transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+
+
+def depth_estimator() -> Any:
+    """A tiny depth model."""
+    config = transformers.DPTConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=4, num_channels=3,
+        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8, reassemble_factors=[4, 2, 1, 0.5],
+        is_hybrid=False, readout_type="project",
+    )  # fmt: skip
+    return transformers.DPTForDepthEstimation(config).eval()
+
+
+def image_encoder() -> Any:
+    """A tiny CLIP vision model with projection."""
+    config = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)
+    return transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**config, projection_dim=32)).eval()
+
+
+def build(name: str, folder: Path) -> Any:
+    """Builds the tiny reference pipeline ``name`` and saves it in ``folder``; the same weights on every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = _BUILDERS.get(name, _stable_diffusion)(name, folder)
+    pipe.save_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _text(folder: Path, **changes: Any) -> dict[str, Any]:
+    words = tokenizer(folder.parent / f"{folder.name}-tokenizer")
+    return dict(tokenizer=words, text_encoder=text_encoder(len(words), **changes))
+
+
+def _stable_diffusion(name: str, folder: Path) -> Any:
+    channels = {"StableDiffusionInstructPix2PixPipeline": 8, "inpaint9": 9}.get(name, 4)
+    cls = getattr(diffusers, "StableDiffusionInpaintPipeline" if name == "inpaint9" else name)
+    parts = dict(unet=unet(in_channels=channels), vae=vae(), scheduler=scheduler(), safety_checker=None, feature_extractor=None)
+    return cls(**parts, **_text(folder), requires_safety_checker=False)
+
+
+def _depth(name: str, folder: Path) -> Any:
+    parts = dict(unet=unet(in_channels=5), vae=vae(), scheduler=scheduler(), depth_estimator=depth_estimator())
+    extractor = transformers.DPTImageProcessor(size={"height": 16, "width": 16})
+    return diffusers.StableDiffusionDepth2ImgPipeline(**parts, **_text(folder), feature_extractor=extractor)
+
+
+def _upscale(name: str, folder: Path) -> Any:
+    denoiser = unet(in_channels=7, num_class_embeds=1000, only_cross_attention=(True, False))
+    parts = dict(unet=denoiser, vae=vae(), scheduler=scheduler(), low_res_scheduler=scheduler("DDPMScheduler"))
+    return diffusers.StableDiffusionUpscalePipeline(**parts, **_text(folder), max_noise_level=350)
+
+
+def _latent_upscale(name: str, folder: Path) -> Any:
+    denoiser = unet(
+        act_fn="gelu", attention_head_dim=8, norm_num_groups=None, block_out_channels=[32, 32, 64, 64], time_cond_proj_dim=160,
+        conv_in_kernel=1, conv_out_kernel=1, cross_attention_dim=32, in_channels=8, out_channels=5,
+        down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+        up_block_types=("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
+        mid_block_type=None, only_cross_attention=False, resnet_time_scale_shift="scale_shift", time_embedding_type="fourier",
+        timestep_post_act="gelu",
+    )  # fmt: skip
+    parts = dict(unet=denoiser, vae=vae(), scheduler=scheduler("EulerDiscreteScheduler", prediction_type="sample"))
+    return diffusers.StableDiffusionLatentUpscalePipeline(**parts, **_text(folder))
+
+
+def _variation(name: str, folder: Path) -> Any:
+    parts = dict(unet=unet(), vae=vae(), scheduler=scheduler(), image_encoder=image_encoder(), feature_extractor=image_processor())
+    return diffusers.StableDiffusionImageVariationPipeline(**parts, safety_checker=None, requires_safety_checker=False)
+
+
+def pixel_unet(**changes: Any) -> Any:
+    """A tiny unconditional U-Net."""
+    config: dict[str, Any] = dict(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+    )
+    return diffusers.UNet2DModel(**{**config, **changes})
+
+
+def _pixels(name: str, folder: Path) -> Any:
+    return getattr(diffusers, name)(unet=pixel_unet(), scheduler=diffusers.DDPMScheduler())
+
+
+def _super_resolution(name: str, folder: Path) -> Any:
+    vq = diffusers.VQModel(
+        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3, norm_num_groups=8,
+    )  # fmt: skip
+    return diffusers.LDMSuperResolutionPipeline(
+        vqvae=vq, unet=pixel_unet(in_channels=6, out_channels=3, sample_size=32), scheduler=diffusers.DDIMScheduler()
+    )
+
+
+_BUILDERS = {
+    "StableDiffusionDepth2ImgPipeline": _depth,
+    "StableDiffusionUpscalePipeline": _upscale,
+    "StableDiffusionLatentUpscalePipeline": _latent_upscale,
+    "StableDiffusionImageVariationPipeline": _variation,
+    "DDPMPipeline": _pixels,
+    "DDIMPipeline": _pixels,
+    "LDMSuperResolutionPipeline": _super_resolution,
+}
