@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -77,6 +77,9 @@ def time_tensor(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> t
 class UNetBase(ModelMixin):
     """Down blocks, a middle block, up blocks, and the convolutions around them."""
 
+    conv_in: nn.Conv2d
+    down_blocks: nn.ModuleList
+    up_blocks: nn.ModuleList
     conv_norm_out: nn.Module | None
     mid_block: MidBlock | None
 
@@ -115,7 +118,9 @@ class UNetBase(ModelMixin):
         kinds = [k._replace(resampler=down) if k == Kind("pixel", "conv") else k for k in kinds]
         up_kinds = [k._replace(resampler=up) if k == Kind("pixel", "conv") else k for k in up_kinds]
         self._build_down(shared, levels, layers, kinds, widths)
-        states = [widths[0], *(c for block in self.down_blocks for c in block.state_channels)]
+        states = [widths[0]]
+        for block in self.down_blocks:
+            states += cast(list[int], block.state_channels)
         self._build_up(shared, up_levels or list(reversed(levels)), list(reversed(layers)), up_kinds, widths[::-1], states)
         self.size_factor = 2 ** (count - 1)
         resizable = all(block.takes_size for block in self.up_blocks[:-1])
@@ -191,8 +196,9 @@ class UNetBase(ModelMixin):
         """The way up: the features, and the picture of blocks that make one."""
         picture: torch.Tensor | None = None
         for block in self.up_blocks:
-            taken = states[-block.num_states :]
-            del states[-block.num_states :]
+            count = cast(int, block.num_states)
+            taken = states[-count:]
+            del states[-count:]
             if block.carries_picture:
                 x, picture = self.run_block(block, x, taken, c, picture)
             else:

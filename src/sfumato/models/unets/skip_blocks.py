@@ -18,9 +18,9 @@ def _groups(channels: int) -> int:
     return min(channels // 4, 32)
 
 
-def _skip_resnet(shared: Shared, in_channels: int, out_channels: int, **options: bool) -> nn.Module:
-    groups = {"groups": _groups(in_channels), "groups_out": _groups(out_channels)}
-    resnet = make_resnet(shared, in_channels, out_channels, math.sqrt(2.0), **groups, **options)
+def _skip_resnet(shared: Shared, in_channels: int, out_channels: int, groups: int | None = None, **options: bool) -> nn.Module:
+    norms = {"groups": groups or _groups(in_channels), "groups_out": _groups(out_channels)}
+    resnet = make_resnet(shared, in_channels, out_channels, math.sqrt(2.0), **norms, **options)
     if options:
         resnet.resample = BinomialResample(up=bool(options.get("up")), padding="constant")
     return resnet
@@ -89,7 +89,10 @@ class SkipUpBlock(nn.Module):
         super().__init__()
         self.out_channels, self.num_states = out_channels, len(state_channels)
         inputs = [in_channels] + [out_channels] * (layers - 1)
-        self.resnets = nn.ModuleList(_skip_resnet(shared, i + s, out_channels) for i, s in zip(inputs, state_channels, strict=True))
+        pairs = list(zip(inputs, state_channels, strict=True))
+        # with attention the checkpoints were trained with more groups: 32, but for narrow layers
+        groups = [min(i + s // 4, 32) if kind.attention else None for i, s in pairs]
+        self.resnets = nn.ModuleList(_skip_resnet(shared, i + s, out_channels, g) for (i, s), g in zip(pairs, groups, strict=True))
         self.attentions: nn.ModuleList | None = None
         if kind.attention is not None:
             self.attentions = nn.ModuleList([_skip_attention(out_channels, level, shared)])
