@@ -169,7 +169,8 @@ class SchedulerMixin(ConfigMixin):
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
         """Returns the position of a timestep in the schedule.
 
-        Of a timestep that occurs more than once the second position counts: a run that begins there must not step twice.
+        Of a timestep that occurs more than once the second position counts (a run that begins there must not step twice),
+        unless the schedule begins with it.
 
         Raises:
             ValueError: The schedule does not hold the timestep.
@@ -178,7 +179,7 @@ class SchedulerMixin(ConfigMixin):
         found = [i for i, t in enumerate(self._times) if abs(t - value) <= 1e-6 * max(1.0, abs(t))]
         if not found:
             raise ValueError(f"timestep={value:g} is not in the schedule: pass one of scheduler.timesteps{self._schedule_hint()}")
-        return found[min(1, len(found) - 1)]
+        return found[1] if found[0] > 0 and len(found) > 1 else found[0]
 
     def _schedule_hint(self) -> str:
         shown = ", ".join(f"{t:g}" for t in self._times[:4])
@@ -233,9 +234,7 @@ class SchedulerMixin(ConfigMixin):
 
     # ---- step
 
-    def _step(
-        self, sample: torch.Tensor, new: Update, return_dict: bool
-    ) -> SchedulerOutput | tuple[torch.Tensor, ...]:
+    def _step(self, sample: torch.Tensor, new: Update, return_dict: bool) -> SchedulerOutput | tuple[torch.Tensor, ...]:
         """Moves on by one position and wraps the solver's ``(next sample, denoised sample or None)``."""
         if self._step_index is not None:
             self._step_index += 1

@@ -190,9 +190,7 @@ class DDIMScheduler(BoundedStepScheduler):
         new = self.update(model_output, self._training_step(timestep), wide(sample), eta, use_clipped_model_output, noise)
         return self._step(sample, new, return_dict)
 
-    def update(
-        self, output: torch.Tensor, t: int, x: torch.Tensor, eta: float, reclip: bool, noise: torch.Tensor | None
-    ) -> Update:
+    def update(self, output: torch.Tensor, t: int, x: torch.Tensor, eta: float, reclip: bool, noise: torch.Tensor | None) -> Update:
         """Eq. 12 with the deviation of eq. 16."""
         alpha_bar = self._alpha_bar[t]
         previous = self._alpha_bar_at(t - len(self) // (self.num_inference_steps or 1))

@@ -83,6 +83,8 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
             self.register_to_config(solver_type="midpoint")
         self._check_solver()
         self._ramp = ramp_name(self.config) or ("lu" if use_lu_lambdas else "flow" if use_flow_sigmas else None)
+        if prediction_type == "flow_prediction" and not use_flow_sigmas:
+            raise ConfigError("prediction_type='flow_prediction' needs the levels of a flow: set use_flow_sigmas=True")
         if use_flow_sigmas and self._ramp != "flow":
             raise ConfigError(f"use_flow_sigmas excludes the {self._ramp!r} spacing, whose levels exceed 1: set only one of them")
         self._build()
@@ -96,9 +98,7 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
         self._on_denoised = c["algorithm_type"].endswith("++")
         self._stochastic = c["algorithm_type"].startswith("sde")
         if not self._on_denoised and c["final_sigmas_type"] == "zero":
-            raise ConfigError(
-                f"algorithm_type={c['algorithm_type']!r} cannot end at zero noise: set final_sigmas_type='sigma_min'"
-            )
+            raise ConfigError(f"algorithm_type={c['algorithm_type']!r} cannot end at zero noise: set final_sigmas_type='sigma_min'")
         if c["algorithm_type"] == "sde-dpmsolver" and c["solver_order"] > 2:
             raise ConfigError(f"algorithm_type='sde-dpmsolver' has no solver_order={c['solver_order']}: choose 1 or 2")
         if c["solver_order"] < 1:
@@ -155,9 +155,10 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
             return levels, (levels * len(self)).astype(np.int64)
         # Levels uniform in lambda are uniform in log sigma as well (arXiv:2206.00927 section 3.4), on this table.
         ramp = "exponential" if self._ramp == "lu" else self._ramp
-        levels = sigma_ramp(ramp, self._table[-1], self._table[0], count)
+        levels = sigma_ramp(ramp, *self._bounds(), count)
         steps = sigmas_to_steps(levels, self._table)
-        return levels, (steps.round() if self._ramp in ("karras", "lu") else steps).astype(np.int64)
+        rounded = self._ramp in ("karras", "lu") and self.config["beta_schedule"] != "squaredcos_cap_v2"  # else cut off, as trained
+        return levels, (steps.round() if rounded else steps).astype(np.int64)
 
     def step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
@@ -216,6 +217,8 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
         """
         (alpha_s, sigma_s), (alpha_t, sigma_t) = self._signal_noise(self._sigmas[i]), self._signal_noise(self._sigmas[i + 1])
         now, h = self._log_snr(i), self._log_snr(i + 1) - self._log_snr(i)
+        if h == 0:  # a spacing that already ends at the table's smallest level, with final_sigmas_type="sigma_min"
+            return x
         if self._on_denoised:
             keep, gain, z, fresh = sigma_t / sigma_s, -alpha_t, -h, -math.expm1(-2 * h)
             if self._stochastic:
@@ -232,7 +235,9 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
             weights = [first + slope / r0, -slope / r0]
             if order == 3:
                 r1 = (self._log_snr(i - 1) - self._log_snr(i - 2)) / h
-                bend = (slope * r0 + gain * ((math.expm1(z) - z) / z**2 - 0.5)) / (r0 + r1)
+                # As an SDE the quadratic term keeps the sign that published samples were made with: it costs the third order.
+                taylor = 0.5 if noise is None else -0.5
+                bend = (slope * r0 + gain * ((math.expm1(z) - z) / z**2 - taylor)) / (r0 + r1)
                 near, far = (slope + bend) / r0, bend / r1
                 weights = [first + near, -near - far, far]
         new = x * keep

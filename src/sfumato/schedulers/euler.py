@@ -125,7 +125,7 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         c = self.config
         levels = self._sigmas_at(stops)
         if c["interpolation_type"] == "log_linear":
-            levels = sigma_ramp("exponential", self._table[-1], self._table[0], len(stops) + 1)
+            levels = sigma_ramp("exponential", *self._bounds(), len(stops) + 1)
         if self._ramp:
             high = levels[0] if c["sigma_max"] is None else c["sigma_max"]
             low = levels[-1] if c["sigma_min"] is None else c["sigma_min"]

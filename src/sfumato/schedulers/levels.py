@@ -96,7 +96,6 @@ class BoundedStepScheduler(StepScheduler):
         return x0
 
 
-
 class SigmaScheduler(LevelScheduler):
     """Base of the solvers that know a noise level by its position in ``sigmas``.
 
@@ -109,8 +108,8 @@ class SigmaScheduler(LevelScheduler):
     def _build(self) -> None:
         one_of("prediction_type", self.config["prediction_type"], self.predictions)
         one_of("timestep_spacing", self.config["timestep_spacing"], SPACINGS)
-        alpha_bar = self._alpha_bar_table(ZERO_SNR_FLOOR).double().numpy()
-        self._table = np.sqrt((1 - alpha_bar) / alpha_bar)  # (training steps,), ascending
+        alpha_bar = self._alpha_bar_table(ZERO_SNR_FLOOR)
+        self._table = ((1 - alpha_bar) / alpha_bar).sqrt().numpy()  # float32 (training steps,), ascending
         self._set_levels(np.append(self._table[::-1], 0.0), np.arange(len(self._table))[::-1], None, torch.float32)
 
     def _set_levels(self, sigmas: np.ndarray, timesteps: np.ndarray, device: str | torch.device | None, dtype: torch.dtype) -> None:
@@ -124,7 +123,11 @@ class SigmaScheduler(LevelScheduler):
         return np.interp(stops, np.arange(len(self._table)), self._table)
 
     def _final_sigma(self) -> float:
-        return float(self._table[0]) if self._own("final_sigmas_type", "zero") == "sigma_min" else 0.0
+        return self._bounds()[1] if self._own("final_sigmas_type", "zero") == "sigma_min" else 0.0
+
+    def _bounds(self) -> tuple[float, float]:
+        """Returns the table's largest and smallest sigma."""
+        return float(self._table[-1]), float(self._table[0])
 
     def _run_place(self, timesteps: torch.Tensor) -> list[int]:
         """Returns the positions at which samples are to be noised."""

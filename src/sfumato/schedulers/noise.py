@@ -138,7 +138,10 @@ def sigma_ramp(name: str, high: float, low: float, count: int) -> np.ndarray:
 
 
 def sigmas_to_steps(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Fractional training steps whose noise levels are ``sigmas``, interpolating the ascending ``table`` in log sigma."""
+    """Fractional training steps whose noise levels are ``sigmas``, interpolating the ascending ``table`` in log sigma.
+
+    The logarithm of the table is as coarse as its float32: solvers that cut the fraction off show it at the ends.
+    """
     return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(table), np.arange(len(table)))
 
 

@@ -45,7 +45,9 @@ def mix(weights: tuple[float, float], x: torch.Tensor, y: torch.Tensor) -> torch
     a, b = weights
     if a == 0:
         return (y if b == 1 else y * b).to(x.dtype)
-    return torch.add(x if a == 1 else x * a, y, alpha=b)
+    # One rounding at the scale of the sum: with a small signal both terms are large and nearly cancel.
+    total = torch.add(x, y, alpha=b / a)
+    return total if a == 1 else total.mul_(a)
 
 
 def dynamic_threshold(x0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
