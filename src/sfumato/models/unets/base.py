@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ...errors import ConfigError
+from ...errors import ConfigError, did_you_mean
 from ...outputs import BaseOutput
 from ..base import ModelMixin
-from ..layers.resnet import activate, activation
+from ..layers.resnet import ACTIVATIONS, activate, activation
 from .blocks import DOWN_BLOCKS, UP_BLOCKS, Conditions, DownBlock, Kind, Level, MidBlock, Shared, UpBlock, find_kind
 from .skip_blocks import SkipDownBlock, SkipUpBlock
 
@@ -53,11 +53,12 @@ def per_level(value: Any, levels: int, key: str) -> list[Any]:
     return list(value)
 
 
-def check_divisible(key: str, channels: Sequence[int], divisor: int, what: str) -> None:
-    """Raises :class:`ConfigError` when ``what`` does not divide all channels."""
-    for c in channels:
-        if c % divisor:
-            raise ConfigError(f"{key}={list(channels)}: {c} channels cannot be divided by {what}={divisor}; choose a multiple")
+def check_choice(key: str, value: object, choices: Iterable[object]) -> None:
+    """Raises :class:`ConfigError` when a configuration value is none of the choices."""
+    options = list(choices)
+    if value not in options:
+        near = did_you_mean(str(value), [str(option) for option in options])
+        raise ConfigError(f"{key}={value!r} is unknown: expected one of {', '.join(map(repr, options))}{near}")
 
 
 def time_tensor(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
@@ -83,6 +84,20 @@ class UNetBase(ModelMixin):
     conv_norm_out: nn.Module | None
     mid_block: MidBlock | None
 
+    def _check_config(self) -> None:
+        """Raises :class:`ConfigError` when values that every constructor reads are unknown or do not fit together."""
+        config = self.config
+        for key in ("block_out_channels", "up_block_types"):
+            per_level(list(config[key]), len(config.down_block_types), key)
+        for key in ("act_fn", "time_embedding_act_fn", "timestep_post_act"):
+            if config.get(key) is not None:
+                check_choice(key, config[key], ACTIVATIONS)
+        check_choice("resnet_time_scale_shift", config.resnet_time_scale_shift, ("default", "scale_shift"))
+        if config.norm_num_groups is not None:
+            for width in config.block_out_channels:
+                if width % config.norm_num_groups:
+                    raise ConfigError(f"block_out_channels: {width} is not a multiple of norm_num_groups={config.norm_num_groups}")
+
     def _build(
         self,
         shared: Shared,
@@ -104,14 +119,6 @@ class UNetBase(ModelMixin):
         """
         config, widths = self.config, list(self.config.block_out_channels)
         count = len(config.down_block_types)
-        for key in ("block_out_channels", "up_block_types"):
-            if len(config[key]) != count:
-                raise ConfigError(f"{key}={config[key]!r} has {len(config[key])} values, but down_block_types has {count} blocks")
-        if shared.resnet_time_scale_shift not in ("default", "scale_shift"):
-            choices = "'default', 'scale_shift'"
-            raise ConfigError(f"resnet_time_scale_shift={shared.resnet_time_scale_shift!r} is unknown: expected one of {choices}")
-        if shared.norm_num_groups is not None:
-            check_divisible("block_out_channels", widths, shared.norm_num_groups, "norm_num_groups")
         kinds = [find_kind("down_block_types", n, DOWN_BLOCKS, context) for n in config.down_block_types]
         up_kinds = [find_kind("up_block_types", n, UP_BLOCKS, context) for n in config.up_block_types]
         down, up = attention_resampler

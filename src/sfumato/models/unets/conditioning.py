@@ -19,7 +19,7 @@ from ..layers.embeddings import (
     sinusoids,
 )
 from ..layers.resnet import activation
-from .base import UNetBase
+from .base import UNetBase, check_choice
 
 ADDED_INPUTS: dict[str | None, tuple[str, ...]] = {
     None: (),
@@ -42,12 +42,6 @@ TOKEN_INPUTS: dict[str | None, tuple[str, ...]] = {
 _CLASS_TYPES = (None, "timestep", "identity", "projection", "simple_projection")
 
 
-def _choice(key: str, value: object, choices: object) -> None:
-    options = list(choices)  # type: ignore[call-overload]
-    if value not in options:
-        raise ConfigError(f"{key}={value!r} is unknown: expected one of {', '.join(map(repr, options))}")
-
-
 class ConditionedUNet(UNetBase):
     """A U-Net with the embeddings of the conditional models; built from the configuration, by its key names."""
 
@@ -58,10 +52,10 @@ class ConditionedUNet(UNetBase):
             Width of the time embedding that the blocks receive.
         """
         config = self.config
-        _choice("time_embedding_type", config.time_embedding_type, ("positional", "fourier"))
-        _choice("class_embed_type", config.class_embed_type, _CLASS_TYPES)
-        _choice("addition_embed_type", config.addition_embed_type, ADDED_INPUTS)
-        _choice("encoder_hid_dim_type", config.encoder_hid_dim_type, TOKEN_INPUTS)
+        check_choice("time_embedding_type", config.time_embedding_type, ("positional", "fourier"))
+        check_choice("class_embed_type", config.class_embed_type, _CLASS_TYPES)
+        check_choice("addition_embed_type", config.addition_embed_type, ADDED_INPUTS)
+        check_choice("encoder_hid_dim_type", config.encoder_hid_dim_type, TOKEN_INPUTS)
         width = config.block_out_channels[0]
         if config.time_embedding_type == "fourier":
             time_dim = in_dim = config.time_embedding_dim or width * 2

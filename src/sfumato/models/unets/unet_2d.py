@@ -9,7 +9,7 @@ from ...errors import ConfigError
 from ..layers.attention import upgrade_attention_names
 from ..layers.embeddings import GaussianFourierProjection, TimestepEmbedding, sinusoids
 from ..layers.resnet import activation
-from .base import UNet2DOutput, UNetBase, per_level, shared_options, time_tensor
+from .base import UNet2DOutput, UNetBase, check_choice, per_level, shared_options, time_tensor
 from .blocks import Conditions, Level, MidBlock
 from .skip_blocks import SkipDownBlock, SkipUpBlock
 
@@ -85,21 +85,20 @@ class UNet2DModel(UNetBase):
         num_train_timesteps: int | None = None,
     ) -> None:
         super().__init__()
+        self._check_config()
         time_dim = time_embedding_dim or block_out_channels[0] * 4
         shared = shared_options(self.config, time_dim)
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
         self._build_time(block_out_channels[0], time_dim)
         for key in ("downsample_type", "upsample_type"):
-            if self.config[key] not in _RESAMPLERS:
-                raise ConfigError(f"{key}={self.config[key]!r} is unknown: expected 'conv' or 'resnet'")
+            check_choice(key, self.config[key], _RESAMPLERS)
         resamplers = (_RESAMPLERS[downsample_type], _RESAMPLERS[upsample_type])
         level = Level(head_dim=attention_head_dim, groups=norm_num_groups)
         count = len(down_block_types)
         self._build(shared, [level] * count, per_level(layers_per_block, count, "layers_per_block"), None, resamplers, False)
         if in_channels != 3 and any(isinstance(b, (SkipDownBlock, SkipUpBlock)) for b in (*self.down_blocks, *self.up_blocks)):
             raise ConfigError(f"in_channels={in_channels}: blocks of the Skip types carry a picture of 3 channels")
-        if mid_block_type not in ("UNetMidBlock2D", None):
-            raise ConfigError(f"mid_block_type={mid_block_type!r} is unknown: expected 'UNetMidBlock2D' or None")
+        check_choice("mid_block_type", mid_block_type, ("UNetMidBlock2D", None))
         if attn_norm_num_groups is None and resnet_time_scale_shift == "default":
             attn_norm_num_groups = norm_num_groups
         mid = Level(head_dim=attention_head_dim, groups=attn_norm_num_groups)
@@ -112,18 +111,16 @@ class UNet2DModel(UNetBase):
 
     def _build_time(self, width: int, time_dim: int) -> None:
         config, kind = self.config, self.config.time_embedding_type
+        check_choice("time_embedding_type", kind, ("positional", "fourier", "learned"))
+        check_choice("class_embed_type", config.class_embed_type, (None, "timestep", "identity"))
         if kind == "fourier":
             self.time_proj: nn.Module = GaussianFourierProjection(width, scale=16, log=True, flip_sin_to_cos=False)
         elif kind == "learned":
             if not config.num_train_timesteps:
                 raise ConfigError("time_embedding_type='learned' needs num_train_timesteps, the number of times")
             self.time_proj = nn.Embedding(config.num_train_timesteps, width)
-        elif kind != "positional":
-            raise ConfigError(f"time_embedding_type={kind!r} is unknown: expected 'positional', 'fourier' or 'learned'")
         self.time_embedding = TimestepEmbedding(2 * width if kind == "fourier" else width, time_dim)
         class_type = config.class_embed_type
-        if class_type not in (None, "timestep", "identity"):
-            raise ConfigError(f"class_embed_type={class_type!r} is unknown: expected None, 'timestep' or 'identity'")
         self.class_embedding: nn.Module | None = None
         if class_type == "timestep":
             self.class_embedding = TimestepEmbedding(width, time_dim)
@@ -193,5 +190,5 @@ class UNet2DModel(UNetBase):
         if picture is not None:
             x = x + picture
         if self.config.time_embedding_type == "fourier":
-            x = x / times.reshape(-1, 1, 1, 1)
+            x = (x / times.reshape(-1, 1, 1, 1)).to(x.dtype)
         return UNet2DOutput(x) if return_dict else (x,)

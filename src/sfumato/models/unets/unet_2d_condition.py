@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ..layers.attention import additive_mask
 from ..layers.embeddings import ImageTimeEmbedding
 from ..layers.resnet import activation
-from .base import UNet2DConditionOutput, per_level, shared_options, time_tensor
+from .base import UNet2DConditionOutput, check_choice, per_level, shared_options, time_tensor
 from .blocks import Conditions, Level, MidBlock, Shared
 from .conditioning import ConditionedUNet
 
@@ -129,6 +129,8 @@ class UNet2DConditionModel(ConditionedUNet):
         addition_embed_type_num_heads: int = 64,
     ) -> None:
         super().__init__()
+        self._check_config()
+        check_choice("cross_attention_norm", cross_attention_norm, (None, "layer_norm", "group_norm"))
         _refuse_unoffered(num_attention_heads, dual_cross_attention, attention_type)
         if encoder_hid_dim is not None and encoder_hid_dim_type is None:
             self.register_to_config(encoder_hid_dim_type="text_proj")
@@ -146,10 +148,9 @@ class UNet2DConditionModel(ConditionedUNet):
 
     def _build_mid(self, shared: Shared, level: Level) -> MidBlock | None:
         config, kind = self.config, self.config.mid_block_type
+        check_choice("mid_block_type", kind, (*_MID_BLOCKS, None))
         if kind is None:
             return None
-        if kind not in _MID_BLOCKS:
-            raise ConfigError(f"mid_block_type={kind!r} is unknown: expected {', '.join(_MID_BLOCKS)} or None")
         only_cross = config.mid_block_only_cross_attention
         if only_cross is None:
             only_cross = config.only_cross_attention if isinstance(config.only_cross_attention, bool) else False
@@ -282,7 +283,7 @@ def _levels(config: Mapping[str, Any]) -> tuple[list[Level], list[Level]]:
         raise ConfigError(f"reverse_transformer_layers_per_block={up_depths!r} has {len(up_depths)} values: give {count}")
 
     def level(i: int, depth: int | Sequence[int]) -> Level:
-        width = config["block_out_channels"][i] if i < len(config["block_out_channels"]) else 0
+        width = config["block_out_channels"][i]
         if heads[i] is None or heads[i] <= 0 or heads[i] > width:
             raise ConfigError(f"attention_head_dim={heads[i]!r} does not fit the {width} channels of level {i}")
         return Level(heads[i], heads[i], context[i], depth, only_cross[i], config["norm_num_groups"])
