@@ -11,7 +11,7 @@ from torch import nn
 from ...random import Generators
 from ..base import ModelMixin
 from ..layers.attention import upgrade_attention_names
-from ..layers.resnet import activate, activation
+from ..layers.resnet import activate
 from .distribution import DiagonalGaussianDistribution
 from .outputs import AutoencoderKLOutput, DecoderOutput
 from .vae import Decoder, Encoder, RunBlock, call_block, check_input

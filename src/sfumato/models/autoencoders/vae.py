@@ -68,8 +68,8 @@ class SpatialResnetBlock(ResnetBlock2D):
 
     def __init__(self, in_channels: int, out_channels: int, latent_channels: int, act_fn: str) -> None:
         super().__init__(in_channels, out_channels, temb_channels=None, eps=EPS, act=act_fn)
-        self.norm1 = SpatialNorm(in_channels, latent_channels)
-        self.norm2 = SpatialNorm(out_channels, latent_channels)
+        self.norm1 = SpatialNorm(in_channels, latent_channels)  # type: ignore[assignment]
+        self.norm2 = SpatialNorm(out_channels, latent_channels)  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """``x`` (B, C, H, W), ``latents`` (B, L, h, w) -> (B, C', H, W)."""
