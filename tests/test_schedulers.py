@@ -154,11 +154,13 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     + [{**CONTINUOUS, "use_karras_sigmas": True, "sigma_min": 0.002, "sigma_max": 700.0}]
     + grid([LATENT], RAMPS, [{"sigma_min": 0.05, "sigma_max": 10.0}], FINALS, axis("timestep_spacing", *SPACINGS)),
     # On the cosine table the reference's float32 gives NaN for 4 steps with linspace.
-    "EulerAncestralDiscreteScheduler": grid(COMMON[:6] + OFFSET, axis("prediction_type", "epsilon", "v_prediction")) + SNR + TRAINED,
+    "EulerAncestralDiscreteScheduler": SNR + TRAINED
+    + grid(COMMON[:6] + OFFSET, axis("prediction_type", "epsilon", "v_prediction")),
     "DPMSolverMultistepScheduler": COMMON + OFFSET + SNR + TRAINED + SOLVERS + grid(COSINE, RAMPS)
     + grid([LATENT], [*RAMPS, {"use_lu_lambdas": True}], FINALS, axis("lower_order_final", True, False),
            axis("euler_at_final", True, False))
-    + grid([LATENT], KINDS, axis("thresholding", True, False), [{}, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}])
+    + grid([LATENT], KINDS, axis("thresholding", True, False),
+           [{}, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}])
     + grid(axis("use_flow_sigmas", True), axis("flow_shift", 1.0, 3.0), axis("prediction_type", "flow_prediction", "epsilon"),
            axis("solver_order", 2, 3))
     + grid([LATENT], axis("lambda_min_clipped", -1.1, -5.1), axis("timestep_spacing", *SPACINGS)),

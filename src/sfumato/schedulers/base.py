@@ -98,6 +98,7 @@ class SchedulerMixin(ConfigMixin):
         token: str | bool | None = None,
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         **overrides: Any,
     ) -> _S:
         """Loads a scheduler from a checkpoint folder or a hub repository; the file may be that of a related class.
@@ -109,6 +110,7 @@ class SchedulerMixin(ConfigMixin):
             token: Hub token.
             cache_dir: Folder of the hub cache.
             local_files_only: Never use the network.
+            force_download: Fetch again what is cached.
             **overrides: Configuration values that take precedence over the file's.
 
         Raises:
@@ -125,6 +127,7 @@ class SchedulerMixin(ConfigMixin):
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
+            force_download=force_download,
         )
         return cls.from_config(read_json(path), **overrides)
 

@@ -65,10 +65,10 @@ class StepScheduler(LevelScheduler):
     def _training_step(self, timestep: float | torch.Tensor) -> int:
         """Returns the timestep as an integer, without waiting for the device if it is an element of ``timesteps``."""
         if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu" and timestep.dtype == self.timesteps.dtype:
-            # An element of the schedule tells its position by its address; to read its value would stall the device.
-            place = (timestep.data_ptr() - self.timesteps.data_ptr()) // timestep.element_size()
-            if timestep.numel() == 1 and 0 <= place < len(self._times):
-                return int(self._times[place])
+            # An element of the schedule tells its position by its place in memory; to read its value would stall the device.
+            same = timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
+            if same and timestep.numel() == 1:
+                return int(self._times[timestep.storage_offset()])
         value = float(timestep)
         if value != int(value) or not 0 <= value < len(self._alpha_bar):
             raise ValueError(f"timestep={value:g}, expected a whole number in 0..{len(self) - 1}; pass one of scheduler.timesteps")
