@@ -151,6 +151,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "EulerDiscreteScheduler": COMMON + OFFSET + SNR + TRAINED
     + grid([LATENT], RAMPS, axis("interpolation_type", "linear", "log_linear"), KINDS)
     + grid([CONTINUOUS], RAMPS, axis("prediction_type", "v_prediction", "epsilon"))
+    + [{**LATENT, "prediction_type": "original_sample"}]
     + [{**CONTINUOUS, "use_karras_sigmas": True, "sigma_min": 0.002, "sigma_max": 700.0}]
     + grid([LATENT], RAMPS, [{"sigma_min": 0.05, "sigma_max": 10.0}], FINALS, axis("timestep_spacing", *SPACINGS)),
     # On the cosine table the reference's float32 gives NaN for 4 steps with linspace.

@@ -55,7 +55,7 @@ class EulerDiscreteScheduler(ExplodingScheduler):
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: As in ``DDPMScheduler``.
-        prediction_type: ``epsilon``, ``sample`` or ``v_prediction``.
+        prediction_type: ``epsilon``, ``sample`` (or ``original_sample``, the same) or ``v_prediction``.
         interpolation_type: ``linear`` interpolates the table at the timesteps; ``log_linear`` lays sigmas uniformly in logarithm.
         use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: Spacing of the sigmas; at most one.
         sigma_min, sigma_max: Range of those spacings (default: that of the timesteps).

@@ -30,7 +30,9 @@ def denoised_coefficients(kind: str, alpha: float, sigma: float) -> tuple[float,
                 "predicts 'v_prediction' or 'sample'; set that prediction_type, or rescale_betas_zero_snr=False"
             )
         return 1 / alpha, -sigma / alpha
-    return {"sample": (0.0, 1.0), "v_prediction": (alpha, -sigma), "flow_prediction": (1.0, -sigma)}[kind]
+    return {"sample": (0.0, 1.0), "original_sample": (0.0, 1.0), "v_prediction": (alpha, -sigma), "flow_prediction": (1.0, -sigma)}[
+        kind
+    ]
 
 
 def noise_coefficients(kind: str, alpha: float, sigma: float) -> tuple[float, float]:
