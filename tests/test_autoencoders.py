@@ -235,8 +235,8 @@ def test_drawn_latents_are_the_references(tmp_path: Path) -> None:
     x = picture(ours)
     results = [m(x, sample_posterior=True, generator=torch.Generator().manual_seed(7)).sample for m in (ours, reference)]
     close(*results)
-    lists = [m.encode(x).latent_dist.sample(torch.Generator().manual_seed(7)) for m in (ours, reference)]
-    close(*lists)
+    generators = [[torch.Generator().manual_seed(seed) for seed in (7, 8)] for _ in range(2)]
+    close(*[m.encode(x).latent_dist.sample(g) for m, g in zip((ours, reference), generators, strict=True)])
 
 
 def test_distribution() -> None:

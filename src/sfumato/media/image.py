@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import io
 import json
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,7 +89,7 @@ def _open_name(name: str) -> Image.Image:
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
                 return _decode(answer.read(), name)
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise OSError(f"could not fetch {name}: {error}; check the address, or download it and pass the path") from error
     if name.startswith("data:"):
         header, _, payload = name.partition(",")
