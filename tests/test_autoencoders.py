@@ -190,6 +190,10 @@ def test_tiny_tiles(size: tuple[int, int], tmp_path: Path) -> None:
         model.tile_sample_min_size, model.tile_latent_min_size = 128, 16
     close(ours.encode(x).latents, reference.encode(x).latents)
     close(ours.decode(z).sample, reference.decode(z).sample)
+    odd = x[..., 3:, 5:]
+    tiled = ours.encode(odd).latents
+    ours.disable_tiling()
+    assert tiled.shape == ours.encode(odd).latents.shape
 
 
 @pytest.mark.parametrize("case", ["kl", "tiny"])

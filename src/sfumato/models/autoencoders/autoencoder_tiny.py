@@ -170,7 +170,7 @@ class AutoencoderTiny(ModelMixin, TilingMixin):
             return self.encoder(x, self.run_block)
         overlap = int(self.tile_sample_min_size * self.tile_overlap_factor)
         scale = self.spatial_scale_factor
-        return tile_and_paste(x, self.encoder, self.tile_sample_min_size, overlap, lambda size: size // scale)
+        return tile_and_paste(x, self.encoder, self.tile_sample_min_size, overlap, lambda size: -(-size // scale))
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
         if not self.use_tiling:
