@@ -9,7 +9,7 @@ from ...errors import ConfigError
 from ..layers.attention import upgrade_attention_names
 from ..layers.embeddings import GaussianFourierProjection, TimestepEmbedding, sinusoids
 from ..layers.resnet import activation
-from .base import UNet2DOutput, UNetBase, check_choice, per_level, shared_options, time_tensor
+from .base import UNet2DOutput, UNetBase, check_choice, per_level, pixels_last, shared_options, time_tensor
 from .blocks import Conditions, Level, MidBlock
 from .skip_blocks import SkipDownBlock, SkipUpBlock
 
@@ -182,7 +182,7 @@ class UNet2DModel(UNetBase):
             sample = 2 * sample - 1.0
         temb = self._embed(times, class_labels, self.conv_in.weight.dtype)
         c = Conditions(temb, self.activation(temb))
-        x, states = self._down(self.conv_in(sample), c, picture=sample)
+        x, states = self._down(self.conv_in(pixels_last(sample)), c, picture=sample)
         if self.mid_block is not None:
             x = self.run_block(self.mid_block, x, c)
         x, picture = self._up(x, states, c, uneven)

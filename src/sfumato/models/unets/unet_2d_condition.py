@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ..layers.attention import additive_mask
 from ..layers.embeddings import ImageTimeEmbedding
 from ..layers.resnet import activation
-from .base import UNet2DConditionOutput, check_choice, per_level, shared_options, time_tensor
+from .base import UNet2DConditionOutput, check_choice, per_level, pixels_last, shared_options, time_tensor
 from .blocks import Conditions, Level, MidBlock, Shared
 from .conditioning import ConditionedUNet
 
@@ -224,7 +224,7 @@ class UNet2DConditionModel(ConditionedUNet):
         if isinstance(self.add_embedding, ImageTimeEmbedding) and "hint" in added:
             sample = torch.cat([sample, self.add_embedding.hint(added["hint"])], dim=1)
         uneven = self._check_sample(sample)
-        x, states = self._down(self.conv_in(sample), c, self._intrablock(down_intrablock_additional_residuals))
+        x, states = self._down(self.conv_in(pixels_last(sample)), c, self._intrablock(down_intrablock_additional_residuals))
         if down_block_additional_residuals is not None:
             states = _add_residuals(states, down_block_additional_residuals)
         if self.mid_block is not None:
