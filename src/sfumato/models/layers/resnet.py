@@ -34,6 +34,11 @@ def activate(act: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return act(x)
 
 
+def add(fresh: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Adds ``x`` to a tensor that nothing else reads: in its place when no gradient is recorded."""
+    return fresh + x if torch.is_grad_enabled() else fresh.add_(x)
+
+
 class Upsample2D(nn.Module):
     """Doubles height and width (or resizes to ``size``) by nearest neighbour, then convolves.
 
@@ -144,7 +149,7 @@ class ResnetBlock2D(nn.Module):
             # (B, T) -> (B, C', 1, 1)
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))[:, :, None, None]
         if temb is not None and not self.scale_shift:
-            h = h + temb
+            h = add(h, temb)
         h = self.norm2(h)
         if temb is not None and self.scale_shift:
             scale, shift = temb.chunk(2, dim=1)
@@ -152,4 +157,5 @@ class ResnetBlock2D(nn.Module):
         h = self.conv2(self.dropout(activate(self.nonlinearity, h)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        return (x + h) / self.output_scale_factor if self.output_scale_factor != 1.0 else x + h
+        h = add(h, x)
+        return h / self.output_scale_factor if self.output_scale_factor != 1.0 else h

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import Attention
+from .resnet import add
 
 
 class GEGLU(nn.Module):
@@ -77,11 +78,6 @@ class BasicTransformerBlock(nn.Module):
         x = add(self.attn1(self.norm1(x), context if self.only_cross_attention else None, mask), x)
         x = add(self.attn2(self.norm2(x), context, context_mask), x)
         return add(self.ff(self.norm3(x)), x)
-
-
-def add(fresh: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Adds ``x`` to a tensor that nothing else reads: in its place when no gradient is recorded."""
-    return fresh + x if torch.is_grad_enabled() else fresh.add_(x)
 
 
 class Transformer2D(nn.Module):
