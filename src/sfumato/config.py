@@ -131,8 +131,11 @@ class ConfigMixin:
         missing = [n for n, p in known.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD and n not in arguments]
         if missing:
             raise ConfigError(f"the configuration of {cls.__name__} lacks the required key(s) {', '.join(missing)}")
-        self = cls(**arguments)
-        extra = {k: v for k, v in config.items() if k not in known and not k.startswith("_")}
+        try:
+            self = cls(**arguments)
+        except TypeError as error:
+            raise ConfigError(f"{cls.__name__} cannot be built: a configuration value has a wrong type ({error})") from error
+        extra = {k: v for k, v in values.items() if k not in known and not k.startswith("_")}
         still_default = [k for k in known if k not in arguments or (same_class and k in defaulted and k not in overrides)]
         self.register_to_config(**extra, _use_default_values=still_default)
         return self
@@ -170,12 +173,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        ConfigError: The file is not valid JSON, or not an object.
+        ConfigError: The file is missing, not valid JSON, or not an object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}): download or write the file again") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is missing or not valid JSON ({error}): download or write the file again") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a JSON {type(data).__name__}, expected an object of configuration keys")
     return data

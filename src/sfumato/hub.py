@@ -38,7 +38,7 @@ class Source:
     @property
     def is_local(self) -> bool:
         """Whether the name is a folder here."""
-        return Path(self.name).is_dir()
+        return self.name != "" and Path(self.name).is_dir()
 
     def fetch(self, patterns: list[str], subfolder: str = "") -> Path:
         """Makes the files that match ``patterns`` (below ``subfolder``) present and returns their folder.
@@ -55,13 +55,7 @@ class Source:
             return folder
         self._check_name()
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
         wanted = [f"{subfolder}/{p}" if subfolder else p for p in patterns]
         try:
@@ -85,9 +79,9 @@ class Source:
                 "accept the licence on its page if it is gated, and log in with `hf auth login`"
             ) from error
         except RevisionNotFoundError as error:
-            raise HubError(f"repository {self.name!r} has no revision {self.revision!r}") from error
-        except (HFValidationError, HfHubHTTPError) as error:
-            raise HubError(f"{self.name!r} cannot be fetched from the hub: {error}") from error
+            raise HubError(f"repository {self.name!r} has no revision {self.revision!r}: see the branches on its page") from error
+        except Exception as error:  # whichever transport the hub client uses, and a full disk
+            raise HubError(f"{self.name!r} cannot be fetched from the hub ({error}): check the name and the network") from error
         return Path(root) / subfolder
 
     def _check_name(self) -> None:
@@ -105,7 +99,7 @@ class Source:
         path = self.fetch([filename], subfolder) / filename
         if not path.is_file():
             where = f"{self.name}/{subfolder}" if subfolder else str(self.name)
-            raise HubError(f"{where} has no file {filename!r}: is it a checkpoint folder of the expected kind?")
+            raise HubError(f"{where} has no file {filename!r}: is it a checkpoint of the expected kind, and wholly downloaded?")
         return path
 
 

@@ -6,8 +6,11 @@ parameters. With no dtype or device change nothing is copied at all: the paramet
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +20,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .errors import WeightsError, did_you_mean
-from .files import write_atomically
+from .files import write_together
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_SIZES = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
+_SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -33,6 +36,12 @@ def with_variant(name: str, variant: str | None) -> str:
     if name.endswith(".index.json"):
         return name.removesuffix(".index.json") + f".index.{variant}.json"
     return name.removesuffix(".safetensors") + f".{variant}.safetensors"
+
+
+def weight_patterns(variant: str | None, *names: str) -> list[str]:
+    """What to fetch of a component's weights: the single file or the shards of this variant alone, and their index."""
+    stems = [with_variant(name, variant).removesuffix(".safetensors") for name in names]
+    return [p for stem in stems for p in (f"{stem}.safetensors", f"{stem}-*-of-*.safetensors")] + ["*.index*.json"]
 
 
 def find_weight_files(folder: Path, variant: str | None = None, name: str = WEIGHTS_NAME) -> list[Path]:
@@ -48,7 +57,7 @@ def find_weight_files(folder: Path, variant: str | None = None, name: str = WEIG
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise WeightsError(f"{index} is not a valid shard index ({error!r}): download it again") from error
         missing = [s for s in shards if not (folder / s).is_file()]
         if missing:
@@ -62,7 +71,7 @@ def find_weight_files(folder: Path, variant: str | None = None, name: str = WEIG
         )
     others = sorted(p.name for p in folder.glob("*.safetensors"))
     hint = f"; it does hold {', '.join(others[:4])}: pass the matching `variant`" if others else ""
-    raise WeightsError(f"no weights in {folder}: expected {single.name}{hint}")
+    raise WeightsError(f"no weights in {folder}: expected {single.name}, download it again (pickles are not read){hint}")
 
 
 def read_tensors(files: Iterable[Path], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
@@ -133,12 +142,9 @@ def assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.d
 
 def parse_size(size: int | str) -> int:
     """``"5GB"`` -> bytes."""
-    if isinstance(size, int):
-        return size
-    text = size.strip().upper()
-    for unit, factor in _SIZES.items():
-        if text.endswith(unit):
-            return int(float(text[: -len(unit)]) * factor)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B|)", str(size).strip().upper())
+    if match and (value := int(float(match[1]) * _SIZES[match[2]])) > 0:
+        return value
     raise ValueError(f"max_shard_size={size!r} is not a size: expected bytes, or text such as '5GB' or '500MB'")
 
 
@@ -151,7 +157,7 @@ def save_tensors(
 ) -> None:
     """Writes tensors as one safetensors file, or as shards with an index when they exceed ``max_shard_size``.
 
-    Each file appears whole or not at all; the index is written last and outdated files are removed after that.
+    All files appear whole, together, or not at all; outdated files are removed after that.
     """
     limit, shards, used = parse_size(max_shard_size), [{}], 0
     for key, tensor in tensors.items():
@@ -161,25 +167,37 @@ def save_tensors(
             used = 0
         shards[-1][key] = tensor.detach().cpu().contiguous()
         used += size
-    single, index = folder / with_variant(name, variant), folder / with_variant(f"{name}.index.json", variant)
-    stem = single.name.removesuffix(".safetensors")
+    single, index = with_variant(name, variant), folder / with_variant(f"{name}.index.json", variant)
+    stem = single.removesuffix(".safetensors")
     names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        names = [single.name]
-    for shard, file in zip(shards, names, strict=True):
-        write_atomically(folder / file, lambda path, shard=shard: save_file(shard, path, metadata={"format": "pt"}))
+        names = [single]
+    writers: dict[Path, Any] = {folder / file: partial(_write_shard, shard) for shard, file in zip(shards, names, strict=True)}
     if len(shards) > 1:
         total = sum(t.numel() * t.element_size() for t in tensors.values())
         weight_map = {key: file for shard, file in zip(shards, names, strict=True) for key in shard}
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-        write_atomically(index, lambda path: path.write_text(text))
-    stale = [single if len(shards) > 1 else index, *folder.glob(f"{stem}-*-of-*.safetensors")]
-    for old in stale:
-        if old.name not in names and old.is_file():
-            old.unlink()
+        writers[index] = lambda path: path.write_text(text)
+    write_together(writers)
+    remove_outdated(folder, name, variant, writers)
 
 
-def build_on_meta(cls: type[_M], config: Mapping[str, Any]) -> _M:
+def _write_shard(shard: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(shard, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # the writer's own error for a full disk and the like
+        raise OSError(errno.EIO, str(error)) from error
+
+
+def remove_outdated(folder: Path, name: str, variant: str | None, written: Iterable[Path]) -> None:
+    """Removes the weight files of this name and variant that are not among those just ``written``."""
+    single = folder / with_variant(name, variant)
+    shards = folder.glob(f"{single.name.removesuffix('.safetensors')}-*-of-*.safetensors")
+    for old in {single, folder / with_variant(f"{name}.index.json", variant), *shards} - {*written}:
+        old.unlink(missing_ok=True)
+
+
+def build_on_meta(cls: type[_M], config: Mapping[str, Any], **overrides: Any) -> _M:
     """Builds a configurable network without memory for its parameters."""
     with torch.device("meta"):
-        return cls.from_config(config)  # type: ignore[attr-defined, no-any-return]
+        return cls.from_config(config, **overrides)  # type: ignore[attr-defined, no-any-return]

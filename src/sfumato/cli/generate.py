@@ -82,7 +82,7 @@ def generate(
         recipe = {"prompt": prompt, "model": model or "embedded", "revision": revision, **arguments, "image": image, "mask": mask}
         pictures = run(pipe, prompt, arguments, image, mask, base_seed, count)
         written = write(pictures, pipe, recipe, base_seed, out, prompt)
-    except (SfumatoError, ValueError, TypeError, OSError) as error:
+    except (SfumatoError, ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
         console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     for path in written:
@@ -117,12 +117,13 @@ def load(
         import torch
 
         from .. import registry
+        from ..errors import did_you_mean
         from ..hub import EMBEDDED_MODEL
         from ..pipelines import auto
 
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        precision = getattr(torch, dtype) if dtype else (torch.float32 if device == "cpu" else torch.float16)
+        precision: Any = getattr(torch, dtype, dtype) if dtype else (torch.float32 if device == "cpu" else torch.float16)
         kind = (
             auto.AutoPipelineForInpainting
             if inpaint
@@ -130,10 +131,12 @@ def load(
             if from_image
             else auto.AutoPipelineForText2Image
         )
-        pipe = kind.from_pretrained(model or EMBEDDED_MODEL, dtype=precision, revision=revision, variant=variant).to(device)
+        pipe = kind.from_pretrained(model or EMBEDDED_MODEL, dtype=precision, device_map=device, revision=revision, variant=variant)
         if scheduler:
-            cls = registry.load(scheduler if scheduler.endswith("Scheduler") else f"{scheduler}Scheduler")
-            pipe.scheduler = cls.from_config(pipe.scheduler.config)
+            name = scheduler if scheduler.endswith("Scheduler") else f"{scheduler}Scheduler"
+            if name not in registry.PUBLIC:
+                raise ValueError(f"--scheduler {scheduler}: there is no {name}{did_you_mean(name, registry.PUBLIC)}")
+            pipe.scheduler = registry.load(name).from_config(pipe.scheduler.config)
     return pipe
 
 

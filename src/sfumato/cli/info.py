@@ -53,10 +53,7 @@ def info(
         if source and source.lower().endswith(".png") and Path(source).is_file():
             from ..media.image import read_recipe
 
-            recipe = read_recipe(source)
-            if recipe is None:
-                raise ValueError(f"{source} carries no recipe")
-            console.print_json(json.dumps(recipe))
+            console.print_json(json.dumps(read_recipe(source)))
             return
         show(str(source or EMBEDDED_MODEL), revision)
     except (SfumatoError, ValueError, OSError) as error:

@@ -5,7 +5,8 @@ Tasks by denoiser: 4 channels (text, picture, inpainting by pasting), 5 (depth),
 Quirks, kept because they change the result of valid calls: the constructor sets ``steps_offset`` to 1 and ``clip_sample`` to false on
 schedulers that say otherwise, and inpainting skips PNDM's Runge-Kutta steps (``ADOPTS``); nine-channel inpainting at strength 1 does not
 encode its source; the instruction pipeline takes the posterior's mode. Not reproduced, because they are faults: pictures shared out in
-the order a, b, a, b over prompts in the order a, a, b, b.
+the order a, b, a, b over prompts in the order a, a, b, b; inpainting and upscaling with one generator per picture that draw the source's
+latents, or the low-resolution noise, from the first generator alone, so that a picture of a batch is not the picture made alone.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..media.image import VaeImageProcessor
+from ..media.processor import VaeImageProcessor
 from ..outputs import ImagePipelineOutput, StableDiffusionPipelineOutput
 from ..pipelines.base import DiffusionPipeline
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.guidance import ClassifierFreeGuidance, EditGuidance, NoGuidance
 from ..pipelines.latent import LatentFormat
 from ..pipelines.run import Run
-from ..pipelines.tasks import DepthToImage, ImageToImage, Inpaint, InstructEdit, Task
+from ..pipelines.tasks import DepthToImage, ImageToImage, Inpaint, InstructEdit, Task, per_picture
 from ..pipelines.text import SYNTAXES, encode_clip
 from ..random import randn
 
@@ -106,8 +107,8 @@ class StableDiffusion(DiffusionPipeline):
         args, factor = run.args, self.latent_format.factor
         for name in ("height", "width"):
             value = getattr(args, name)
-            if value is not None and (value < 8 or value % 8):
-                raise ValueError(f"{name}={value} must be a positive multiple of 8 (and of {factor} to be met exactly)")
+            if value is not None and (not isinstance(value, int) or value < 8 or value % 8):
+                raise ValueError(f"{name}={value!r} must be a positive multiple of 8 (and of {factor} to be met exactly)")
         check_prompts(args)
         if args.ip_adapter_image is not None or args.ip_adapter_image_embeds is not None:
             raise ValueError("ip_adapter_image is given, but no IP-Adapter is loaded in this pipeline")
@@ -264,6 +265,9 @@ def negative_texts(negative: str | list[str] | None, count: int) -> list[str]:
 def check_generators(run: Run) -> None:
     """Refuses a list of generators that does not have one per picture."""
     generator = run.args.generator
+    each = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
+    if not all(isinstance(g, torch.Generator) for g in each):
+        raise TypeError(f"generator={generator!r} must be torch.Generator().manual_seed(seed), or a list of such")
     if isinstance(generator, (list, tuple)) and len(generator) != run.batch:
         raise ValueError(f"{len(generator)} generators for {run.batch} pictures: pass one, or one per picture")
 
@@ -354,8 +358,6 @@ class StableDiffusionDepth2ImgPipeline(
         )
         low, high = depth.amin(dim=(1, 2, 3), keepdim=True), depth.amax(dim=(1, 2, 3), keepdim=True)
         depth = 2.0 * (depth - low) / (high - low) - 1.0
-        from ..pipelines.tasks import per_picture
-
         return per_picture(depth.to(self.compute_dtype), run.batch, "depth map")
 
 
@@ -400,10 +402,10 @@ class NoisyUpscale(Task):
             raise ValueError(f"noise_level={run.args.noise_level} must lie in 0..{limit}")
 
     def prepare(self, run: Run) -> None:
-        from ..pipelines.tasks import per_picture
-
         pipe, args = run.pipe, run.args
         image = pipe.image_processor.preprocess(args.image).to(run.device, pipe.compute_dtype)  # (b, 3, h, w) in -1..1
+        if isinstance(args.generator, list):  # each picture's noise comes from its own generator
+            image = per_picture(image, run.batch, "image")
         level = torch.tensor([args.noise_level], dtype=torch.long, device=run.device)
         noise = randn(image.shape, generator=args.generator, device=run.device, dtype=image.dtype)
         image = per_picture(pipe.low_res_scheduler.add_noise(image, noise, level), run.batch, "image")

@@ -93,9 +93,9 @@ class ModelMixin(nn.Module, ConfigMixin):
             raise ValueError("low_cpu_mem_usage=False is not offered: loading never holds the weights twice")
         source = Source(pretrained_model_name_or_path, revision, token, cache_dir, local_files_only, force_download)
         dtype = checked_dtype(dtype, torch_dtype)
-        stem = weights.WEIGHTS_NAME.removesuffix(".safetensors")
-        folder = source.fetch([cls.config_name, f"{stem}*.safetensors", f"{stem}*.index*.json"], subfolder or "")
-        return cls.from_folder(folder, variant, dtype or torch.float32, single_device(device_map), **config_overrides)
+        device = single_device(device_map)
+        folder = source.fetch([cls.config_name, *weights.weight_patterns(variant, weights.WEIGHTS_NAME)], subfolder or "")
+        return cls.from_folder(folder, variant, dtype or torch.float32, device, **config_overrides)
 
     @classmethod
     def from_folder(
@@ -114,7 +114,7 @@ class ModelMixin(nn.Module, ConfigMixin):
         written_by = config.get("_class_name", cls.__name__)
         if written_by != cls.__name__:
             raise ConfigError(f"{path} describes a {written_by}, not a {cls.__name__}: load it with sfumato.{written_by}")
-        model = weights.build_on_meta(cls, {**config, **config_overrides})
+        model = weights.build_on_meta(cls, config, **config_overrides)
         model.register_to_config(_name_or_path=str(folder))
         tensors = weights.read_tensors(weights.find_weight_files(folder, variant), torch.device(device))
         weights.assign(model, cls.upgrade_state_dict(tensors), dtype, folder)
@@ -186,7 +186,7 @@ def single_device(device_map: Any) -> Any:
     """Reads a ``device_map`` that names one device; ``None`` is the CPU.
 
     Raises:
-        ValueError: A strategy or a split over devices, which is not offered yet.
+        ValueError: A strategy or a split over devices, which is not offered yet; or no device of this machine.
     """
     if isinstance(device_map, dict) and list(device_map) == [""]:
         device_map = device_map[""]
@@ -194,4 +194,7 @@ def single_device(device_map: Any) -> Any:
         raise ValueError(
             f"device_map={device_map!r} splits a model over devices, which is not offered; name one device, such as 'cuda'"
         )
-    return "cpu" if device_map is None else device_map
+    try:
+        return torch.empty(0, device="cpu" if device_map is None else device_map).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device_map={device_map!r} is no device of this machine ({error}); name one, such as 'cpu'") from error

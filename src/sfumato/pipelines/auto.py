@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from .. import registry
-from ..errors import ConfigError
+from ..config import read_json
 from ..hub import PathLike, Source
 from .base import DiffusionPipeline
+from .loading import pipeline_class
 from .tasks import ImageToImage, Inpaint, Task
 
 
@@ -31,14 +32,10 @@ class _Auto:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: PathLike, **kwargs: Any) -> DiffusionPipeline:
         """Loads a repository into the class of its family that does this task; see ``DiffusionPipeline.from_pretrained``."""
-        from ..config import read_json
-
         access = ("revision", "token", "cache_dir", "local_files_only", "force_download")
         source = Source(pretrained_model_name_or_path, **{k: kwargs[k] for k in access if k in kwargs})
-        index = read_json(source.file(DiffusionPipeline.config_name))
-        if index.get("_class_name") not in registry.PUBLIC:
-            raise ConfigError(f"{pretrained_model_name_or_path} is a {index.get('_class_name')}, which is not offered here")
-        return cls._sibling(index["_class_name"]).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        named = pipeline_class(read_json(source.file(DiffusionPipeline.config_name)))
+        return cls._sibling(named.__name__).from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> DiffusionPipeline:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..config import FORMAT_VERSION, FrozenConfig
 from ..errors import ConfigError, did_you_mean
 from ..hub import PathLike, Source
+from ..models.base import single_device
 from . import loading, params
 from .conditioning import Conditioning
 from .run import Run
@@ -168,7 +169,7 @@ class DiffusionPipeline:
         if use_safetensors is False:
             raise ValueError("use_safetensors=False asks for pickle weights, which can run code; convert them to safetensors")
         source = Source(pretrained_model_name_or_path, revision, token, cache_dir, local_files_only, force_download)
-        request = loading.LoadRequest(source, variant, loading.dtypes(dtype, torch_dtype), device_map)
+        request = loading.LoadRequest(source, variant, loading.dtypes(dtype, torch_dtype), single_device(device_map))
         index = request.read_index(cls.config_name)
         chosen: type[Any] = cls if cls.component_names else loading.pipeline_class(index)
         return chosen._from_index(request, index, components)  # type: ignore[no-any-return]
@@ -180,7 +181,14 @@ class DiffusionPipeline:
                 known = (*cls.component_names, *cls.options)
                 raise TypeError(f"{cls.__name__}.from_pretrained has no argument or component {name!r}{did_you_mean(name, known)}")
         options = {name: given.pop(name, index.get(name, default)) for name, default in cls.options.items()}
-        wanted = [n for n in cls.component_names if n not in given and (index.get(n) or [None])[0] is not None]
+        for name in request.dtypes:
+            if name not in (*cls.component_names, "default"):
+                raise ValueError(f"dtype names {name!r}, no component of {cls.__name__}{did_you_mean(name, cls.component_names)}")
+        entries = {n: index.get(n) or [None, None] for n in cls.component_names}
+        for name, entry in entries.items():
+            if not (isinstance(entry, list) and (entry[:1] == [None] or [type(e) for e in entry[:2]] == [str, str])):
+                raise ConfigError(f"{cls.config_name} of {request.source.name}: {name!r} is {entry!r}, expected [library, class]")
+        wanted = [n for n, entry in entries.items() if n not in given and entry[0] is not None]
         lacking = [n for n in cls.component_names if n not in given and n not in wanted and n not in cls.optional_components]
         if lacking:
             raise ConfigError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,13 @@ from typing import Any
 import torch
 
 from .. import registry, weights
-from ..config import plain, read_json
-from ..errors import ConfigError, HubError, WeightsError
+from ..config import ConfigMixin, plain, read_json
+from ..errors import ConfigError, HubError, WeightsError, did_you_mean
 from ..files import write_atomically
 from ..hub import Source
-from ..models.base import ModelMixin, checked_dtype, single_device
+from ..models.base import ModelMixin, checked_dtype
 
-OUR_LIBRARIES = ("diffusers", "sfumato")
+_TRANSFORMERS_WEIGHTS = "model.safetensors"
 # What a component of another library may consist of, beside weights: configuration, vocabularies, and nothing executable.
 _TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
@@ -39,10 +41,10 @@ def pipeline_class(index: dict[str, Any]) -> type:
     name = index.get("_class_name")
     if not isinstance(name, str):
         raise ConfigError("model_index.json lacks '_class_name': is this a pipeline folder?")
-    try:
-        return registry.load(name)  # type: ignore[no-any-return]
-    except AttributeError as error:
-        raise ConfigError(f"the repository asks for {name}, which is not offered here ({error})") from None
+    if not registry.PUBLIC.get(name, "").startswith("families."):
+        near = did_you_mean(name, [n for n, module in registry.PUBLIC.items() if module.startswith("families.")])
+        raise ConfigError(f"model_index.json asks for {name!r}, which is no pipeline offered here{near}")
+    return registry.load(name)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class LoadRequest:
     source: Source
     variant: str | None
     dtypes: dict[str, torch.dtype]
-    device_map: Any
+    device: Any
 
     def read_index(self, filename: str) -> dict[str, Any]:
         """Reads ``model_index.json``.
@@ -76,33 +78,28 @@ class LoadRequest:
         Raises:
             HubError: A component's folder is missing.
         """
-        suffix = f".{self.variant}" if self.variant else ""
-        patterns = []
-        for name in wanted:
-            patterns += [f"{name}/{p}" for p in _TEXT_FILES]
-            patterns += [f"{name}/*{suffix}.safetensors", f"{name}/*{suffix}-*-of-*.safetensors"]
-        folder = self.source.fetch(patterns)
-        if self.variant and not self.source.is_local and not any(folder.glob(f"*/*.{self.variant}*")):
-            raise HubError(f"{self.source.name} has no files of variant {self.variant!r}: leave `variant` out, or choose another")
+        folder = self._fetch_weights(wanted, self.variant)
+        if self.variant:
+            plain_only = [n for n in wanted if not any((folder / n).glob(f"*.{self.variant}*"))]
+            if len(plain_only) == len(wanted):
+                raise HubError(f"{self.source.name} has no files of variant={self.variant!r}: leave it out, or choose another")
+            folder = self._fetch_weights(plain_only, None)
         for name in wanted:
             if not (folder / name).is_dir():
-                raise HubError(f"{folder} has no folder {name!r}, which its model_index.json names: the checkpoint is incomplete")
+                raise HubError(f"{folder} has no folder {name!r}, which its model_index.json names: download the rest")
         return folder
+
+    def _fetch_weights(self, names: Iterable[str], variant: str | None) -> Path:
+        patterns = [*_TEXT_FILES, *weights.weight_patterns(variant, weights.WEIGHTS_NAME, _TRANSFORMERS_WEIGHTS)]
+        return self.source.fetch([f"{name}/{pattern}" for name in names for pattern in patterns])
 
     def load(self, folder: Path, name: str, library: str, class_name: str) -> Any:
         """Loads one component."""
         dtype = self.dtypes.get(name, self.dtypes["default"])
-        place = folder / name
-        if library == "transformers":
-            return self._load_transformers(place, class_name, dtype)
-        if library not in OUR_LIBRARIES and class_name not in registry.PUBLIC:
-            raise ConfigError(
-                f"component {name!r} is a {library}.{class_name}; no code outside the library is run: pass {name}=..."
-            )
-        cls = registry.load(class_name)
+        place, cls = folder / name, component_class(name, library, class_name)
         if issubclass(cls, ModelMixin):
-            return cls.from_folder(place, self._variant_of(place, weights.WEIGHTS_NAME), dtype, single_device(self.device_map))
-        if hasattr(cls, "from_config"):
+            return cls.from_folder(place, self._variant_of(place, weights.WEIGHTS_NAME), dtype, self.device)
+        if issubclass(cls, ConfigMixin):
             return cls.from_config(read_json(place / cls.config_name))
         return self._from_transformers_class(cls, place, dtype)
 
@@ -113,29 +110,68 @@ class LoadRequest:
         stem = name.removesuffix(".safetensors")
         return self.variant if any(folder.glob(f"{stem}*.{self.variant}*")) else None
 
-    def _load_transformers(self, folder: Path, class_name: str, dtype: torch.dtype) -> Any:
-        import transformers
-
-        cls = getattr(transformers, class_name, None)
-        if cls is None:
-            # Older checkpoints name classes that transformers has renamed since.
-            cls = getattr(transformers, class_name.replace("FeatureExtractor", "ImageProcessor"), None)
-        if cls is None:
-            raise ConfigError(
-                f"{folder.name!r} is a transformers.{class_name}, which transformers {transformers.__version__} lacks"
-            )
-        return self._from_transformers_class(cls, folder, dtype)
-
     def _from_transformers_class(self, cls: Any, folder: Path, dtype: torch.dtype) -> Any:
         if not hasattr(cls, "base_model_prefix"):
-            return cls.from_pretrained(folder, local_files_only=True)
-        variant = self._variant_of(folder, "model.safetensors")
-        weights.find_weight_files(folder, variant, name="model.safetensors")
+            check_tokenizer_files(cls, folder)
+            try:
+                return cls.from_pretrained(folder, local_files_only=True)
+            except Exception as error:
+                raise ConfigError(f"{folder} cannot be loaded as a {cls.__name__} ({error}): download it again") from error
+        refuse_kernels(read_json(folder / "config.json"), folder)
+        variant = self._variant_of(folder, _TRANSFORMERS_WEIGHTS)
+        weights.find_weight_files(folder, variant, name=_TRANSFORMERS_WEIGHTS)
+        options = {"variant": variant, "dtype": dtype, "use_safetensors": True, "local_files_only": True}
         try:
-            model = cls.from_pretrained(folder, variant=variant, dtype=dtype, use_safetensors=True, local_files_only=True)
+            model, report = cls.from_pretrained(folder, output_loading_info=True, **options)
         except Exception as error:
-            raise WeightsError(f"{folder} cannot be loaded as a {cls.__name__}: {error}") from error
-        return model.to(single_device(self.device_map)).eval()
+            raise WeightsError(f"{folder} cannot be loaded as a {cls.__name__} ({error}): download it again") from error
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise WeightsError(f"{folder} lacks {len(missing)} parameters of {cls.__name__}, such as {missing[0]}: download again")
+        return model.to(self.device).eval()
+
+
+def check_tokenizer_files(cls: Any, folder: Path) -> None:
+    """Refuses a tokenizer without its vocabulary, which transformers would load as an empty one."""
+    parts = dict(getattr(cls, "vocab_files_names", {}))
+    whole = parts.pop("tokenizer_file", None)
+    if whole and (folder / whole).is_file():
+        parts = {}
+    missing = [f for f in (*parts.values(), *(["tokenizer_config.json"] if whole else [])) if not (folder / f).is_file()]
+    if missing:
+        raise ConfigError(f"{folder} lacks {missing[0]!r}, which a {cls.__name__} needs: download it again")
+
+
+def refuse_kernels(config: Any, folder: Path) -> None:
+    """Refuses a configuration that makes transformers fetch an attention kernel, which is code, from the hub."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key.endswith("_implementation") and "/" in str(value):
+            raise ConfigError(f"{folder}/config.json asks for code from the hub, {key}={value!r}, which is not run: remove the key")
+        refuse_kernels(value, folder)
+
+
+def component_class(name: str, library: str, class_name: str) -> type:
+    """Returns the class of a component that ``model_index.json`` names.
+
+    Raises:
+        ConfigError: It is not one of this library's, nor a plain class of transformers: nothing else is imported or run.
+    """
+    if library == "transformers":
+        import transformers
+
+        # Older checkpoints name classes that transformers has renamed since. Auto classes can run a repository's own code.
+        for public in (class_name, class_name.replace("FeatureExtractor", "ImageProcessor")):
+            cls = getattr(transformers, public, None)
+            if isinstance(cls, type) and hasattr(cls, "from_pretrained") and not public.startswith("Auto"):
+                return cls
+    elif class_name in registry.FORMAT_LIBRARY or (
+        class_name in registry.PUBLIC and issubclass(registry.load(class_name), ConfigMixin)
+    ):
+        return registry.load(class_name)  # type: ignore[no-any-return]
+    raise ConfigError(
+        f"component {name!r} is a {library}.{class_name}, which is not offered here, and no code outside the library is run: "
+        f"pass {name}=..."
+    )
 
 
 def describe(component: Any) -> list[str | None]:
@@ -153,14 +189,24 @@ def describe(component: Any) -> list[str | None]:
 
 
 def save_component(component: Any, folder: Path, variant: str | None, max_shard_size: int | str) -> None:
-    """Writes one component."""
+    """Writes one component; a failure leaves the old files whole."""
+    options = {"variant": variant, "max_shard_size": max_shard_size} if isinstance(component, torch.nn.Module) else {}
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(component, ModelMixin):
-        component.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-    elif isinstance(component, torch.nn.Module):
-        component.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)  # type: ignore[operator]
-    else:
-        component.save_pretrained(folder)
+    if isinstance(component, ConfigMixin):
+        component.save_pretrained(folder, **options)  # type: ignore[attr-defined]
+        return
+    # Other libraries write in place, perhaps into the very file that their weights are mapped from: they get a folder of their own.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        try:
+            component.save_pretrained(temporary, **options)
+        except Exception as error:
+            raise OSError(f"could not write {folder} ({error}); the old files are unchanged") from error
+        written = {folder / p.relative_to(temporary): p for p in Path(temporary).rglob("*") if p.is_file()}
+        for path, new in written.items():
+            path.parent.mkdir(exist_ok=True)
+            new.replace(path)
+    if options:
+        weights.remove_outdated(folder, _TRANSFORMERS_WEIGHTS, variant, written)
 
 
 def write_index(path: Path, config: dict[str, Any]) -> None:

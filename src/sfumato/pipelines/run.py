@@ -215,6 +215,10 @@ class Run:
                 self.step()
             if self._stop == "cancelled":
                 raise RunCancelled(f"cancelled after {self.index} of {len(self.timesteps)} steps")
+            if not self.latents.isfinite().all():
+                raise FloatingPointError(
+                    f"the denoiser made NaN or infinite latents in {self.latents.dtype}: load it in float32 or bfloat16"
+                )
             with torch.no_grad():
                 self._result = self.task.finish(self)
         return self._result

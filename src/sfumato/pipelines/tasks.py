@@ -107,8 +107,8 @@ class Task:
 
 def check_strength(run: Run) -> None:
     """Refuses a strength outside 0..1."""
-    if not 0 <= run.args.strength <= 1:
-        raise ValueError(f"strength={run.args.strength} must lie in 0..1: 0 keeps the picture, 1 starts from noise")
+    if not (isinstance(run.args.strength, (int, float)) and 0 <= run.args.strength <= 1):
+        raise ValueError(f"strength={run.args.strength!r} must lie in 0..1: 0 keeps the picture, 1 starts from noise")
 
 
 def truncate_schedule(run: Run) -> None:
