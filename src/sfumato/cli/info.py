@@ -45,7 +45,7 @@ def info(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
 ) -> None:
-    """Shows the components, parameters, sizes, dtypes and licence of a checkpoint, or the recipe of a picture. Downloads no weights."""
+    """Shows the components, sizes, dtypes and licence of a checkpoint, or the recipe of a picture. Downloads no weights."""
     from ..errors import SfumatoError
     from ..hub import EMBEDDED_MODEL
 

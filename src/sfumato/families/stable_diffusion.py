@@ -112,6 +112,8 @@ class StableDiffusion(DiffusionPipeline):
         check_prompts(args)
         if args.ip_adapter_image is not None or args.ip_adapter_image_embeds is not None:
             raise ValueError("ip_adapter_image is given, but no IP-Adapter is loaded in this pipeline")
+        if args.cross_attention_kwargs:
+            raise ValueError(f"cross_attention_kwargs={args.cross_attention_kwargs!r} reaches no adapter: leave it out")
 
     def condition(self, run: Run) -> None:
         args = run.args
@@ -233,6 +235,8 @@ def check_prompts(args: Any) -> None:
                 raise ValueError(f"{name}=[] is empty: pass at least one text")
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         value = getattr(args, name)
+        if value is not None and not (isinstance(value, torch.Tensor) and value.ndim == 3):
+            raise ValueError(f"{name} must be a tensor (B, N, D), not {getattr(value, 'shape', type(value).__name__)}")
         if value is not None and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} holds NaN or infinite values: encode the prompt in float32 or bfloat16")
     pair = (args.prompt_embeds, args.negative_prompt_embeds)

@@ -68,7 +68,7 @@ class LoadRequest:
             folder = Path(self.source.name)
             if folder.is_dir() and (folder / "config.json").is_file():
                 raise HubError(
-                    f"{folder} holds a single network (config.json), not a pipeline: load it with its own class, or pass the parent folder"
+                    f"{folder} holds a single network (config.json), no pipeline: load it with its own class, or pass the parent"
                 ) from error
             raise
 

@@ -6,7 +6,9 @@ phase that draws from the generators besides the scheduler's steps) -> per step 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +28,10 @@ class Task:
         args = run.args
         if not isinstance(args.num_inference_steps, int) or args.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={args.num_inference_steps!r} must be a whole number of at least 1")
+        for name in ("guidance_scale", "image_guidance_scale", "guidance_rescale", "eta"):
+            value = getattr(args, name)
+            if not (isinstance(value, Real) and math.isfinite(value)):
+                raise ValueError(f"{name}={value!r} must be a finite number")
         if args.output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={args.output_type!r} is unknown: expected 'pil', 'np', 'pt' or 'latent'")
         if args.callback_steps is None or args.callback_steps < 1:
@@ -78,8 +84,11 @@ class Task:
         dtype, given = run.pipe.compute_dtype, run.args.latents
         if given is None:
             return randn(shape, generator=run.args.generator, device=run.device, dtype=dtype)
-        if tuple(given.shape) != shape:
-            raise ValueError(f"latents have shape {tuple(given.shape)}, expected {shape} for this batch and size")
+        if not isinstance(given, torch.Tensor) or tuple(given.shape) != shape:
+            what = f"shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else f"type {type(given).__name__}"
+            raise ValueError(f"latents have {what}, expected a tensor of shape {shape} for this batch and size")
+        if not given.isfinite().all():
+            raise ValueError("latents hold NaN or infinite values: pass finite noise")
         return given.to(run.device, dtype)
 
     def time(self, run: Run) -> torch.Tensor:
@@ -107,7 +116,7 @@ class Task:
 
 def check_strength(run: Run) -> None:
     """Refuses a strength outside 0..1."""
-    if not (isinstance(run.args.strength, (int, float)) and 0 <= run.args.strength <= 1):
+    if not (isinstance(run.args.strength, Real) and 0 <= run.args.strength <= 1):
         raise ValueError(f"strength={run.args.strength!r} must lie in 0..1: 0 keeps the picture, 1 starts from noise")
 
 
@@ -121,8 +130,8 @@ def truncate_schedule(run: Run) -> None:
         run.scheduler.set_begin_index(begin)
     if len(run.timesteps) == 0:
         raise ValueError(
-            f"strength={run.args.strength} leaves none of {steps} steps to make: raise strength or num_inference_steps above "
-            f"{1 / max(run.args.strength, 1e-9):.0f}"
+            f"strength={run.args.strength} leaves none of {steps} steps to make: raise strength to {1 / max(steps, 1):.2g} or "
+            "above, or raise num_inference_steps"
         )
 
 

@@ -57,7 +57,10 @@ def encode_clip(
 def _run_encoder(text_encoder: Any, ids: torch.Tensor, mask: torch.Tensor | None, clip_skip: int | None) -> torch.Tensor:
     if clip_skip is None:
         return text_encoder(ids, attention_mask=mask)[0]
-    hidden = text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
+    states = text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    if not 0 <= clip_skip < len(states):
+        raise ValueError(f"clip_skip={clip_skip} must lie in 0..{len(states) - 1}, the layers of this text encoder")
+    hidden = states[-(clip_skip + 1)]
     body = getattr(text_encoder, "text_model", text_encoder)
     return body.final_layer_norm(hidden)
 
