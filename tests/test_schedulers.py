@@ -410,7 +410,6 @@ def test_configurations_cross_classes(first: str, second: str) -> None:
     assert converted[1] == converted[0]
 
 
-@pytest.mark.xfail(reason="ConfigMixin.from_config carries defaulted values of a foreign class on as if they were set", strict=True)
 def test_defaults_do_not_travel_through_a_third_class() -> None:
     results = []
     for library in (diffusers, ours):

@@ -68,7 +68,11 @@ def text_encoder(vocab_size: int, **changes: Any) -> Any:
         vocab_size=vocab_size, hidden_size=32, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=77
     )
     config |= dict(bos_token_id=vocab_size - 2, eos_token_id=vocab_size - 1, pad_token_id=vocab_size - 1, projection_dim=32)
-    return transformers.CLIPTextModel(transformers.CLIPTextConfig(**{**config, **changes})).eval()
+    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**{**config, **changes})).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("final_layer_norm.bias"):
+            torch.nn.init.normal_(parameter, mean=0.5)  # trained encoders have a mean; weighted prompts preserve it
+    return model
 
 
 def safety_checker() -> Any:
@@ -80,7 +84,7 @@ def safety_checker() -> Any:
     checker = StableDiffusionSafetyChecker(config).eval()
     for name, parameter in checker.named_parameters():
         if "embeds" in name:
-            parameter.data = torch.randn(parameter.shape) if not name.endswith("weights") else torch.full(parameter.shape, 0.45)
+            parameter.data = torch.randn(parameter.shape) if not name.endswith("weights") else torch.full(parameter.shape, 0.3)
     return checker
 
 
@@ -131,6 +135,7 @@ def build(name: str, folder: Path) -> Any:
         torch.manual_seed(0)
         pipe = _BUILDERS.get(name, _stable_diffusion)(name, folder)
     pipe.save_pretrained(folder)
+    pipe = type(pipe).from_pretrained(folder)  # so that both libraries start from what the files say
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -199,6 +204,7 @@ def _super_resolution(name: str, folder: Path) -> Any:
         block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=3, norm_num_groups=8,
     )  # fmt: skip
+    vq.quantize.embedding.weight.data.normal_()  # codes as far apart as trained ones, so that rounding cannot flip a choice
     return diffusers.LDMSuperResolutionPipeline(
         vqvae=vq, unet=pixel_unet(in_channels=6, out_channels=3, sample_size=32), scheduler=diffusers.DDIMScheduler()
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..media.image import VaeImageProcessor
+from ..media.processor import VaeImageProcessor
 from ..outputs import ImagePipelineOutput
 from ..pipelines.base import DiffusionPipeline
 from ..pipelines.conditioning import Conditioning
@@ -114,7 +114,10 @@ class LatentSuperResolution(PixelTask):
 
     def prepare(self, run: Run) -> None:
         pipe = run.pipe
-        image = pipe.image_processor.preprocess(run.args.image).to(run.device, pipe.compute_dtype)
+        image = run.args.image
+        if not isinstance(image, torch.Tensor):  # a tensor is taken as it is, in -1..1
+            image = pipe.image_processor.preprocess(image)
+        image = image.to(run.device, pipe.compute_dtype)
         if len(image) != run.batch:
             raise ValueError(f"{len(image)} pictures given for batch_size={run.batch}")
         channels = pipe.unet.config.in_channels // 2

@@ -21,22 +21,11 @@ from ..files import write_atomically
 if TYPE_CHECKING:
     import torch
 
-    from .processor import VaeImageProcessor as VaeImageProcessor
-
 RECIPE_KEY = "sfumato"
 """Name of the PNG text chunk that holds the recipe."""
 
 TIMEOUT = 30.0
 """Seconds that a server may be silent while a picture is fetched."""
-
-
-def __getattr__(name: str) -> Any:
-    # the processor needs torch, which reading and writing pictures does not
-    if name == "VaeImageProcessor":
-        from .processor import VaeImageProcessor
-
-        return VaeImageProcessor
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load_image(
