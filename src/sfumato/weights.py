@@ -57,9 +57,9 @@ def find_weight_files(folder: Path, variant: str | None = None, name: str = WEIG
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [s for s in shards if not (folder / s).is_file()]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise WeightsError(f"{index} is not a valid shard index ({error!r}): download it again") from error
-        missing = [s for s in shards if not (folder / s).is_file()]
         if missing:
             raise WeightsError(f"{folder} lacks {len(missing)} of {len(shards)} shards, first {missing[0]!r}: download again")
         return [folder / s for s in shards]
