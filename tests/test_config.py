@@ -40,7 +40,7 @@ def test_json_round_trip_is_the_identity(tmp_path: Path, known: dict[str, Any], 
     first.save_config(tmp_path)
     second = Sample.from_config(read_json(tmp_path / "config.json"))
     public = {k: v for k, v in first.config.items() if not k.startswith("_")}
-    assert public == {**{"a": 1, "b": "x", "c": [1, 2], "d": None}, **known, **extra}
+    assert public == {"a": 1, "b": "x", "c": [1, 2], "d": None, **known, **extra}
     assert {k: v for k, v in second.config.items() if not k.startswith("_")} == public
     assert second.to_json_string() == first.to_json_string()
 
@@ -53,7 +53,7 @@ def test_arrays_and_paths_are_written_plainly() -> None:
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_written_file_is_the_references(name: str, tmp_path: Path) -> None:
-    options = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     getattr(diffusers, name)(**options).save_pretrained(tmp_path / "theirs")
     getattr(sfumato, name)(**options).save_pretrained(tmp_path / "ours")
     expected, got = (read_json(tmp_path / side / "scheduler_config.json") for side in ("theirs", "ours"))
@@ -95,7 +95,9 @@ def test_unknown_keyword_says_what_is_near(tmp_path: Path) -> None:
     tiny.scheduler().save_pretrained(tmp_path)
     with pytest.raises(TypeError, match=r"DDIMScheduler\(\) has no argument 'beta_strat'; did you mean 'beta_start'"):
         sfumato.DDIMScheduler(beta_strat=1)
-    with pytest.raises(sfumato.ConfigError, match=r"DDIMScheduler has no configuration key 'beta_strat'; did you mean 'beta_start'"):
+    with pytest.raises(
+        sfumato.ConfigError, match=r"DDIMScheduler has no configuration key 'beta_strat'; did you mean 'beta_start'"
+    ):
         sfumato.DDIMScheduler.from_config({}, beta_strat=1)
     with pytest.raises(sfumato.ConfigError, match=r"no configuration key 'steps_ofset'; did you mean 'steps_offset'"):
         sfumato.DDIMScheduler.from_pretrained(tmp_path, steps_ofset=1)
@@ -119,7 +121,9 @@ def test_json_that_is_no_object(tmp_path: Path, text: str, kind: str) -> None:
 
 def test_configuration_of_another_class(tmp_path: Path) -> None:
     tiny.vae().save_pretrained(tmp_path)
-    with pytest.raises(sfumato.ConfigError, match=r"config.json describes a AutoencoderKL, not a UNet.*: load it with sfumato.AutoencoderKL"):
+    with pytest.raises(
+        sfumato.ConfigError, match=r"config.json describes a AutoencoderKL, not a UNet.*: load it with sfumato.AutoencoderKL"
+    ):
         sfumato.UNet2DConditionModel.from_pretrained(tmp_path)
 
 

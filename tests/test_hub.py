@@ -43,7 +43,9 @@ print(pipe("a red cat", num_inference_steps=2, output_type="np", generator=torch
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    base = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN")}
+    base = {
+        k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN")
+    }
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**base, **environment}, timeout=120, check=False
     )
@@ -75,7 +77,9 @@ def cache(checkpoint: Checkpoint, tmp_path: Path) -> Path:
 def expected(checkpoint: Checkpoint) -> float:
     pipe = sfumato.DiffusionPipeline.from_pretrained(checkpoint(SD)[0])
     pipe.set_progress_bar_config(disable=True)
-    return float(pipe("a red cat", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images.sum())
+    return float(
+        pipe("a red cat", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images.sum()
+    )
 
 
 # --- without a network
@@ -129,7 +133,11 @@ def test_uncached_repository_without_network(tmp_path: Path, environment: dict[s
 @pytest.mark.parametrize("name", ["../no", "/no/such/folder", "~/models", "a/b/c", ".", "x\\y", ""])
 def test_names_that_cannot_be_repositories(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    message = r"has no file 'model_index.json'" if name == "." else r"is not a folder here, and cannot be a hub repository .*check the path"
+    message = (
+        r"has no file 'model_index.json'"
+        if name == "."
+        else r"is not a folder here, and cannot be a hub repository .*check the path"
+    )
     with pytest.raises(sfumato.HubError, match=message):
         sfumato.DiffusionPipeline.from_pretrained(name)
 
@@ -148,7 +156,7 @@ def test_revision_and_subfolder(checkpoint: Checkpoint, tmp_path: Path) -> None:
     changed.save_pretrained(tmp_path / "changed")
     lay_out(tmp_path / "cache", plain, "a" * 40)
     lay_out(tmp_path / "cache", tmp_path / "changed", "b" * 40, refs=("zeroed",))
-    options: dict[str, Any] = dict(cache_dir=tmp_path / "cache", local_files_only=True)
+    options: dict[str, Any] = {"cache_dir": tmp_path / "cache", "local_files_only": True}
     for revision, zero in ((None, False), ("zeroed", True), ("b" * 40, True), ("a" * 40, False)):
         pipe = sfumato.DiffusionPipeline.from_pretrained(REPOSITORY, revision=revision, **options)
         unet = sfumato.UNet2DConditionModel.from_pretrained(REPOSITORY, subfolder="unet", revision=revision, **options)
@@ -162,8 +170,10 @@ def test_revision_and_subfolder(checkpoint: Checkpoint, tmp_path: Path) -> None:
 def test_half_downloaded_repository_says_so(cache: Path) -> None:
     snapshot = next((cache / "models--owner--tiny" / "snapshots").iterdir())
     (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    options: dict[str, Any] = dict(cache_dir=cache, local_files_only=True)
-    with pytest.raises(sfumato.WeightsError, match=r"no weights in .*unet: expected diffusion_pytorch_model.safetensors, download it again"):
+    options: dict[str, Any] = {"cache_dir": cache, "local_files_only": True}
+    with pytest.raises(
+        sfumato.WeightsError, match=r"no weights in .*unet: expected diffusion_pytorch_model.safetensors, download it again"
+    ):
         sfumato.DiffusionPipeline.from_pretrained(REPOSITORY, **options)
     shutil.rmtree(snapshot / "unet")
     with pytest.raises(sfumato.HubError, match=r"has no folder 'unet', which its model_index.json names: download the rest"):
@@ -197,7 +207,7 @@ class Hub:
                 if self.command == "GET":
                     self.wfile.write(body)
 
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 path = self.path.split("?")[0]
                 hub.requests.append(f"{self.command} {self.path}")
                 api, repository = f"/api/models/{REPOSITORY}", f"/{REPOSITORY}/resolve/"
@@ -208,7 +218,7 @@ class Hub:
                 else:
                     self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
 
-            do_HEAD = do_GET  # noqa: N815
+            do_HEAD = do_GET
 
             def describe(self, rest: list[str]) -> None:
                 revision = rest[1] if len(rest) > 1 else "main"
@@ -217,7 +227,10 @@ class Hub:
                 if commit is None:
                     self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev")
                 elif rest[0] == "tree":
-                    tree = [dict(type="file", path=p.relative_to(folder).as_posix(), size=p.stat().st_size, oid="0" * 40) for p in files]
+                    tree = [
+                        {"type": "file", "path": p.relative_to(folder).as_posix(), "size": p.stat().st_size, "oid": "0" * 40}
+                        for p in files
+                    ]
                     self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
                 else:
                     siblings = [{"rfilename": p.relative_to(folder).as_posix()} for p in files]
@@ -248,11 +261,9 @@ def repository(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory)
     half = sfumato.DiffusionPipeline.from_pretrained(folder, dtype=torch.float16)
     half.unet.save_pretrained(folder / "unet", variant="fp16", max_shard_size="300KB")
     half.text_encoder.save_pretrained(folder / "text_encoder", variant="fp16")
-    for junk in (
-        "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.bin", "unet/diffusion_pytorch_model.non_ema.safetensors",
-        "vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin", "text_encoder/flax_model.msgpack", "v1-5-pruned.safetensors",
-        "v1-5-pruned.ckpt", "unet/model.onnx", "README.md", "assets/picture.png", "text_encoder/evil.py", "extra/diffusion_pytorch_model.safetensors",
-    ):  # fmt: skip
+    networks = "unet/{n}.bin unet/{n}.fp16.bin unet/{n}.non_ema.safetensors unet/model.onnx vae/{n}.bin extra/{n}.safetensors"
+    others = "text_encoder/pytorch_model.bin text_encoder/flax_model.msgpack text_encoder/evil.py README.md assets/picture.png"
+    for junk in (f"{networks} {others} v1-5.safetensors v1-5.ckpt").replace("{n}", "diffusion_pytorch_model").split():
         (folder / junk).parent.mkdir(exist_ok=True)
         (folder / junk).write_bytes(b"junk")
     return folder
@@ -291,7 +302,8 @@ def test_only_needed_files_are_fetched(hub: Hub, repository: Path, tmp_path: Pat
 
 
 def test_single_network_fetches_its_own_files(hub: Hub, tmp_path: Path) -> None:
-    code = f"import sfumato; m = sfumato.AutoencoderKL.from_pretrained({REPOSITORY!r}, subfolder='vae', revision='old'); print(m.config._name_or_path)"
+    call = f"sfumato.AutoencoderKL.from_pretrained({REPOSITORY!r}, subfolder='vae', revision='old')"
+    code = f"import sfumato; print({call}.config)"
     done = run_python(code, HF_HUB_CACHE=str(tmp_path), HF_ENDPOINT=hub.endpoint)
     assert done.returncode == 0, done.stderr
     assert sorted(hub.fetched) == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
@@ -307,7 +319,11 @@ def test_errors_of_the_hub(hub: Hub, tmp_path: Path) -> None:
     assert "check the spelling" in gone
     assert "hf auth login" in gone
     assert "HubError repository 'owner/tiny' has no revision 'nowhere'" in answer(REPOSITORY, ", 'nowhere'")
-    wanted = run_python(FETCH.format(name=REPOSITORY, options="").replace("model_index", "absent"), HF_HUB_CACHE=str(tmp_path), HF_ENDPOINT=hub.endpoint)
+    wanted = run_python(
+        FETCH.format(name=REPOSITORY, options="").replace("model_index", "absent"),
+        HF_HUB_CACHE=str(tmp_path),
+        HF_ENDPOINT=hub.endpoint,
+    )
     assert "HubError owner/tiny has no file 'absent.json': is it a checkpoint of the expected kind" in wanted.stdout
 
 

@@ -39,7 +39,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 def draw(pipe: Any, **call: Any) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
-    options = dict(num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0))
+    options = {"num_inference_steps": 2, "output_type": "np", "generator": torch.Generator().manual_seed(0)}
     return pipe("a red cat", **{**options, **call}).images
 
 
@@ -51,18 +51,20 @@ def test_dispatch_and_model_index(checkpoint: Checkpoint, name: str, tmp_path: P
     folder, reference = checkpoint(name)
     pipe = load(folder)
     assert type(pipe) is getattr(sfumato, name)
-    assert list(pipe.components) == [n for n in type(pipe).component_names]
+    assert list(pipe.components) == list(type(pipe).component_names)
     pipe.save_pretrained(tmp_path / "ours")
     reference.save_pretrained(tmp_path / "theirs")
     ours, theirs = (json.loads((tmp_path / side / "model_index.json").read_text()) for side in ("ours", "theirs"))
     assert {k: v for k, v in ours.items() if k != "_name_or_path"} == {k: v for k, v in theirs.items() if k != "_name_or_path"}
-    listed = {side: {p.relative_to(tmp_path / side) for p in (tmp_path / side).rglob("*.safetensors")} for side in ("ours", "theirs")}
+    listed = {
+        side: {p.relative_to(tmp_path / side) for p in (tmp_path / side).rglob("*.safetensors")} for side in ("ours", "theirs")
+    }
     assert listed["ours"] == listed["theirs"]
     assert not list(tmp_path.rglob("*.tmp")) + list(tmp_path.rglob(".*"))
 
 
 def test_safety_checker_keeps_its_place(folder: Path, tmp_path: Path) -> None:
-    parts = dict(safety_checker=tiny.safety_checker(), feature_extractor=tiny.image_processor())
+    parts = {"safety_checker": tiny.safety_checker(), "feature_extractor": tiny.image_processor()}
     reference = diffusers.StableDiffusionPipeline.from_pretrained(folder, **parts)
     reference.save_pretrained(tmp_path / "theirs")
     pipe = load(tmp_path / "theirs")
@@ -103,21 +105,25 @@ def test_sharded_pipeline_both_ways(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(unett=None), TypeError, r"no argument or component 'unett'; did you mean 'unet'"),
-        (dict(trust_remote_code=True), TypeError, r"no argument or component 'trust_remote_code'"),
-        (dict(custom_pipeline="x"), TypeError, r"no argument or component 'custom_pipeline'"),
-        (dict(unet=None), ValueError, r"unet=None: StableDiffusionPipeline cannot work without its unet"),
-        (dict(device_map="auto"), ValueError, r"device_map='auto' splits a model over devices, .*name one device"),
-        (dict(device_map="balanced"), ValueError, r"device_map='balanced' splits"),
-        (dict(device_map={"unet": 0}), ValueError, r"device_map=\{'unet': 0\} splits"),
-        (dict(device_map="cuad"), ValueError, r"device_map='cuad' is no device of this machine .*name one, such as 'cpu'"),
-        (dict(dtype="float16"), ValueError, r"dtype='float16' is not a floating-point torch dtype such as torch.float16"),
-        (dict(torch_dtype=torch.int8), ValueError, r"dtype=torch.int8 is not a floating-point"),
-        (dict(dtype={"unet": "half"}), ValueError, r"dtype='half' is not a floating-point"),
-        (dict(dtype={"unett": torch.float16}), ValueError, r"dtype names 'unett', .*did you mean 'unet'"),
-        (dict(dtype=torch.float16, torch_dtype=torch.float32), ValueError, r"dtype=torch.float16 and torch_dtype=.*differ: pass one"),
-        (dict(variant="fp16"), sfumato.HubError, r"has no files of variant='fp16': leave it out, or choose another"),
-        (dict(use_safetensors=False), ValueError, r"use_safetensors=False asks for pickle weights, .*convert them"),
+        ({"unett": None}, TypeError, r"no argument or component 'unett'; did you mean 'unet'"),
+        ({"trust_remote_code": True}, TypeError, r"no argument or component 'trust_remote_code'"),
+        ({"custom_pipeline": "x"}, TypeError, r"no argument or component 'custom_pipeline'"),
+        ({"unet": None}, ValueError, r"unet=None: StableDiffusionPipeline cannot work without its unet"),
+        ({"device_map": "auto"}, ValueError, r"device_map='auto' splits a model over devices, .*name one device"),
+        ({"device_map": "balanced"}, ValueError, r"device_map='balanced' splits"),
+        ({"device_map": {"unet": 0}}, ValueError, r"device_map=\{'unet': 0\} splits"),
+        ({"device_map": "cuad"}, ValueError, r"device_map='cuad' is no device of this machine .*name one, such as 'cpu'"),
+        ({"dtype": "float16"}, ValueError, r"dtype='float16' is not a floating-point torch dtype such as torch.float16"),
+        ({"torch_dtype": torch.int8}, ValueError, r"dtype=torch.int8 is not a floating-point"),
+        ({"dtype": {"unet": "half"}}, ValueError, r"dtype='half' is not a floating-point"),
+        ({"dtype": {"unett": torch.float16}}, ValueError, r"dtype names 'unett', .*did you mean 'unet'"),
+        (
+            {"dtype": torch.float16, "torch_dtype": torch.float32},
+            ValueError,
+            r"dtype=torch.float16 and torch_dtype=.*differ: pass one",
+        ),
+        ({"variant": "fp16"}, sfumato.HubError, r"has no files of variant='fp16': leave it out, or choose another"),
+        ({"use_safetensors": False}, ValueError, r"use_safetensors=False asks for pickle weights, .*convert them"),
     ],
 )
 def test_refused_options(folder: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -188,7 +194,9 @@ def test_from_pipe_names_what_is_wrong(folder: Path) -> None:
     text = sfumato.StableDiffusionPipeline.from_pretrained(folder)
     with pytest.raises(TypeError, match=r"from_pipe has no component 'schedular'; did you mean 'scheduler'"):
         sfumato.StableDiffusionImg2ImgPipeline.from_pipe(text, schedular=None)
-    with pytest.raises(ValueError, match=r"StableDiffusionPipeline has no 'depth_estimator', which .*needs: pass depth_estimator=\.\.\."):
+    with pytest.raises(
+        ValueError, match=r"StableDiffusionPipeline has no 'depth_estimator', which .*needs: pass depth_estimator=\.\.\."
+    ):
         sfumato.StableDiffusionDepth2ImgPipeline.from_pipe(text)
 
 
@@ -230,7 +238,10 @@ def test_auto_pipeline_of_a_family_without_the_task(checkpoint: Checkpoint) -> N
         ("[]", r"model_index.json holds a JSON list, expected an object"),
         ("{}", r"model_index.json lacks '_class_name': is this a pipeline folder"),
         ('{"_class_name": 5}', r"lacks '_class_name'"),
-        ('{"_class_name": "StableDifusionPipeline"}', r"asks for 'StableDifusionPipeline', .*; did you mean 'StableDiffusionPipeline'"),
+        (
+            '{"_class_name": "StableDifusionPipeline"}',
+            r"asks for 'StableDifusionPipeline', .*; did you mean 'StableDiffusionPipeline'",
+        ),
         ('{"_class_name": "UNet2DModel"}', r"asks for 'UNet2DModel', which is no pipeline offered here"),
         ('{"_class_name": "DiffusionPipeline"}', r"asks for 'DiffusionPipeline', which is no pipeline"),
     ],
@@ -242,9 +253,7 @@ def test_broken_model_index(folder: Path, entrance: str, text: str, message: str
         getattr(sfumato, entrance).from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    "entry", ["foo", ["a"], {"a": 1}, 5, ["diffusers", None], ["diffusers", 5]], ids=str
-)
+@pytest.mark.parametrize("entry", ["foo", ["a"], {"a": 1}, 5, ["diffusers", None], ["diffusers", 5]], ids=str)
 def test_broken_entry_of_model_index(folder: Path, entry: Any) -> None:
     edit(folder / "model_index.json", unet=entry)
     with pytest.raises(sfumato.ConfigError, match=r"model_index.json of .*'unet' is .*expected \[library, class\]"):
@@ -265,7 +274,9 @@ def test_foreign_classes_are_not_imported(folder: Path, tmp_path: Path, entry: l
     monkeypatch.syspath_prepend(tmp_path)
     edit(folder / "model_index.json", unet=entry)
     edit(folder / "unet" / "config.json", auto_map={"AutoModel": "evil.Evil"})
-    message = rf"component 'unet' is a {'.'.join(entry)}, which is not offered here, and no code outside the library is run: pass unet="
+    message = (
+        rf"component 'unet' is a {'.'.join(entry)}, which is not offered here, and no code outside the library is run: pass unet="
+    )
     with pytest.raises(sfumato.ConfigError, match=message):
         load(folder)
     assert "evil" not in sys.modules
@@ -275,18 +286,24 @@ def test_foreign_classes_are_not_imported(folder: Path, tmp_path: Path, entry: l
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
 def test_kernels_from_the_hub_are_refused(folder: Path, key: str) -> None:
     edit(folder / "text_encoder" / "config.json", text_config={key: "evil/kernel"})
-    with pytest.raises(sfumato.ConfigError, match=rf"config.json asks for code from the hub, {key}='evil/kernel', .*remove the key"):
+    with pytest.raises(
+        sfumato.ConfigError, match=rf"config.json asks for code from the hub, {key}='evil/kernel', .*remove the key"
+    ):
         load(folder)
 
 
 def test_missing_model_index(folder: Path) -> None:
     (folder / "model_index.json").unlink()
-    with pytest.raises(sfumato.HubError, match=rf"{folder} has no file 'model_index.json': is it a checkpoint of the expected kind"):
+    with pytest.raises(
+        sfumato.HubError, match=rf"{folder} has no file 'model_index.json': is it a checkpoint of the expected kind"
+    ):
         load(folder)
 
 
 def test_folder_of_a_single_network(folder: Path) -> None:
-    with pytest.raises(sfumato.HubError, match=r"unet holds a single network \(config.json\), no pipeline: load it with its own class"):
+    with pytest.raises(
+        sfumato.HubError, match=r"unet holds a single network \(config.json\), no pipeline: load it with its own class"
+    ):
         load(folder / "unet")
     with pytest.raises(sfumato.ConfigError, match=rf"{folder} has no config.json: is it the folder of a UNet.*, or its parent"):
         sfumato.UNet2DConditionModel.from_pretrained(folder)
@@ -294,12 +311,16 @@ def test_folder_of_a_single_network(folder: Path) -> None:
 
 def test_missing_component_folder(folder: Path) -> None:
     shutil.rmtree(folder / "vae")
-    with pytest.raises(sfumato.HubError, match=rf"{folder} has no folder 'vae', which its model_index.json names: download the rest"):
+    with pytest.raises(
+        sfumato.HubError, match=rf"{folder} has no folder 'vae', which its model_index.json names: download the rest"
+    ):
         load(folder)
 
 
 def test_component_that_the_repository_lacks(folder: Path) -> None:
-    with pytest.raises(sfumato.ConfigError, match=r"has no 'depth_estimator', which .* needs: pass depth_estimator=\.\.\., or use the class"):
+    with pytest.raises(
+        sfumato.ConfigError, match=r"has no 'depth_estimator', which .* needs: pass depth_estimator=\.\.\., or use the class"
+    ):
         sfumato.StableDiffusionDepth2ImgPipeline.from_pretrained(folder)
 
 
@@ -336,7 +357,9 @@ def test_text_encoder_with_a_missing_parameter_is_not_made_up(folder: Path) -> N
     lost = next(k for k in tensors if k.endswith("layers.0.layer_norm1.weight"))
     del tensors[lost]
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(sfumato.WeightsError, match=r"text_encoder lacks 1 parameters of CLIPTextModel, such as .*layer_norm1.weight"):
+    with pytest.raises(
+        sfumato.WeightsError, match=r"text_encoder lacks 1 parameters of CLIPTextModel, such as .*layer_norm1.weight"
+    ):
         load(folder)
 
 

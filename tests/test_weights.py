@@ -91,7 +91,9 @@ def test_missing_shard(sharded: Path) -> None:
         load(sharded)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 5}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 5}}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": 5}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 5}}', "\xff"]
+)
 def test_broken_index(sharded: Path, text: str) -> None:
     (sharded / INDEX).write_text(text, encoding="latin-1")
     with pytest.raises(sfumato.WeightsError, match=rf"{INDEX} is not a valid shard index .*download it again"):
@@ -110,7 +112,7 @@ def test_missing_and_unexpected_parameters(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors["conv_in.wieght"] = tensors.pop("conv_in.weight")
     save_file(tensors, folder / WEIGHTS)
-    message = r"does not fit UNet2DConditionModel: 1 missing \(first 'conv_in.weight'\), 1 unexpected \(first 'conv_in.wieght'; did you mean"
+    message = r"does not fit UNet.*: 1 missing \(first 'conv_in.weight'\), 1 unexpected \(first 'conv_in.wieght'; did you mean"
     with pytest.raises(sfumato.WeightsError, match=message):
         load(folder)
 
@@ -141,7 +143,9 @@ def test_pickle_is_never_opened(folder: Path, tmp_path: Path, name: str, monkeyp
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("torch.load was called"))
     load(folder)  # beside safetensors it is left alone
     (folder / WEIGHTS).unlink()
-    with pytest.raises(sfumato.WeightsError, match=rf"only pickle weights \({name}\), which can run code .*convert them to safetensors"):
+    with pytest.raises(
+        sfumato.WeightsError, match=rf"only pickle weights \({name}\), which can run code .*convert them to safetensors"
+    ):
         load(folder)
     (folder / WEIGHTS).write_bytes((folder / name).read_bytes())  # nor under a false name
     with pytest.raises(sfumato.WeightsError, match="cannot be read as safetensors"):
@@ -165,7 +169,9 @@ def test_variant_of_the_reference(reference: Any, tmp_path: Path, size: str) -> 
     half.load_state_dict(reference.state_dict())
     half.save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
     assert_same_weights(load(tmp_path, variant="fp16", dtype=torch.float16), half)
-    with pytest.raises(sfumato.WeightsError, match=rf"expected {WEIGHTS}, .*it does hold {STEM}\.fp16.*: pass the matching `variant`"):
+    with pytest.raises(
+        sfumato.WeightsError, match=rf"expected {WEIGHTS}, .*it does hold {STEM}\.fp16.*: pass the matching `variant`"
+    ):
         load(tmp_path)
     with pytest.raises(sfumato.WeightsError, match=rf"expected {STEM}\.bf16\.safetensors"):
         load(tmp_path, variant="bf16")
@@ -277,7 +283,9 @@ def test_full_disk_while_saving(sharded: Path, monkeypatch: pytest.MonkeyPatch, 
         save_file(tensors, path, metadata)
 
     monkeypatch.setattr(weights, "save_file", write)
-    with pytest.raises(OSError, match=r"could not write .*\.safetensors \(No space left on device\); the old file is unchanged") as caught:
+    with pytest.raises(
+        OSError, match=r"could not write .*\.safetensors \(No space left on device\); the old file is unchanged"
+    ) as caught:
         model.save_pretrained(sharded, max_shard_size="200KB")
     assert caught.value.errno == errno.ENOSPC
     assert files(sharded) == before
@@ -287,7 +295,10 @@ def test_full_disk_while_saving(sharded: Path, monkeypatch: pytest.MonkeyPatch, 
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
-    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", place], capture_output=True).returncode:
+    if (
+        not shutil.which("mount")
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", place], capture_output=True).returncode
+    ):
         pytest.skip("cannot mount a file system here")
     yield place
     subprocess.run(["umount", place], check=True)

@@ -76,6 +76,7 @@ def generate(
         options["width"], options["height"] = parse_size(size)
     base_seed = secrets.randbelow(2**32) if seed is None else seed
     try:
+        target(out, prompt, base_seed, 0, count)  # refuses a wrong name before the work
         pipe = load(model, image is not None, mask is not None, scheduler, device, dtype, revision, variant)
         defaults = embedded_defaults() if model is None else {}
         arguments = {**defaults, **{k: v for k, v in options.items() if v is not None}}
@@ -170,7 +171,7 @@ def write(
         path = target(out, prompt, seed + k, k, len(pictures))
         path.parent.mkdir(parents=True, exist_ok=True)
         own = {"sfumato": __version__, **recipe, "seed": seed + k, "size": f"{picture.width}x{picture.height}"}
-        own["pipeline"], own["scheduler"] = type(pipe).__name__, type(pipe.scheduler).__name__
+        own |= {"pipeline": type(pipe).__name__, "scheduler": type(pipe.scheduler).__name__, "dtype": str(pipe.dtype)[6:]}
         save_image(picture, path, recipe=own)
         written.append(path)
     return written
