@@ -6,13 +6,6 @@ from .dpm import DPMSolverMultistepScheduler
 from .euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
 __all__ = [
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DPMSolverMultistepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "KarrasDiffusionSchedulers",
-    "PNDMScheduler",
-    "SchedulerMixin",
-    "SchedulerOutput",
-]
+    "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
+    "KarrasDiffusionSchedulers", "PNDMScheduler", "SchedulerMixin", "SchedulerOutput",
+]  # fmt: skip

@@ -21,30 +21,21 @@ from ..config import ConfigMixin, read_json
 from ..outputs import BaseOutput
 from .noise import beta_table, rescale_zero_terminal_snr
 
+Betas = np.ndarray | list[float] | None
+Device = str | torch.device | None
 Update = tuple[torch.Tensor, torch.Tensor | None]
 """What a solver returns: the sample at the next level, and the denoised sample where it has one."""
 
 _S = TypeVar("_S", bound="SchedulerMixin")
 
 
-class KarrasDiffusionSchedulers(enum.Enum):
-    """Schedulers that a Stable Diffusion pipeline can exchange for each other through ``from_config``."""
-
-    DDIMScheduler = 1
-    DDPMScheduler = 2
-    PNDMScheduler = 3
-    LMSDiscreteScheduler = 4
-    EulerDiscreteScheduler = 5
-    HeunDiscreteScheduler = 6
-    EulerAncestralDiscreteScheduler = 7
-    DPMSolverMultistepScheduler = 8
-    DPMSolverSinglestepScheduler = 9
-    KDPM2DiscreteScheduler = 10
-    KDPM2AncestralDiscreteScheduler = 11
-    DEISMultistepScheduler = 12
-    UniPCMultistepScheduler = 13
-    DPMSolverSDEScheduler = 14
-    EDMEulerScheduler = 15
+KarrasDiffusionSchedulers = enum.Enum(
+    "KarrasDiffusionSchedulers",
+    "DDIMScheduler DDPMScheduler PNDMScheduler LMSDiscreteScheduler EulerDiscreteScheduler HeunDiscreteScheduler "
+    "EulerAncestralDiscreteScheduler DPMSolverMultistepScheduler DPMSolverSinglestepScheduler KDPM2DiscreteScheduler "
+    "KDPM2AncestralDiscreteScheduler DEISMultistepScheduler UniPCMultistepScheduler DPMSolverSDEScheduler EDMEulerScheduler",
+)
+"""Schedulers that a Stable Diffusion pipeline can exchange for each other through ``from_config``."""
 
 
 @dataclass
@@ -60,6 +51,9 @@ class SchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor | None = None
 
 
+StepResult = SchedulerOutput | tuple[torch.Tensor, ...]
+
+
 class SchedulerMixin(ConfigMixin):
     """Base of all schedulers.
 
@@ -68,6 +62,28 @@ class SchedulerMixin(ConfigMixin):
         num_inference_steps: Number of steps, ``None`` before ``set_timesteps``.
         order: Network evaluations per step.
         init_noise_sigma: Standard deviation of the noise that sampling starts from.
+
+    Configuration keys of several classes (each class documents its own):
+        num_train_timesteps: Steps the model was trained with.
+        beta_start, beta_end, beta_schedule, trained_betas: See :func:`sfumato.schedulers.noise.beta_table`.
+        rescale_betas_zero_snr: Rescale the table to zero terminal signal (arXiv:2305.08891).
+        prediction_type: See :func:`sfumato.schedulers.prediction.denoised_coefficients`; one of the class's ``predictions``.
+        clip_sample, clip_sample_range: Whether and where to clip the denoised sample.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: Threshold the denoised sample dynamically, for models in
+            pixels; see :func:`sfumato.schedulers.prediction.dynamic_threshold`.
+        variance_type: ``learned`` and ``learned_range``: the network appends as many channels of variance to its output.
+        timestep_spacing, steps_offset: See :func:`sfumato.schedulers.noise.integer_steps`.
+        set_alpha_to_one: The last step ends at the clean sample; else at the level of training step 0.
+        use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: Spacing of the sigmas; at most one.
+        final_sigmas_type: The run ends at ``zero`` noise, or at ``sigma_min``, the table's smallest level.
+
+    Arguments of ``step``, which goes one step towards the clean sample:
+        model_output: ``(B, C, ...)``, or ``(B, 2C, ...)`` with a learned variance.
+        timestep: Of this step, an element of ``timesteps``; solvers on sigmas read it in a run's first step only.
+        sample: ``(B, C, ...)``.
+        generator: Source of the noise, where a solver adds any.
+        variance_noise: The noise itself, in place of ``generator``.
+        return_dict: Return a :class:`SchedulerOutput`, else the tuple of its fields.
     """
 
     config_name = "scheduler_config.json"
@@ -86,50 +102,28 @@ class SchedulerMixin(ConfigMixin):
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
 
-    # ---- files
-
     @classmethod
     def from_pretrained(
-        cls: type[_S],
-        pretrained_model_name_or_path: str | os.PathLike,
-        subfolder: str | None = None,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        **overrides: Any,
-    ) -> _S:
+        cls: type[_S], pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, *,
+        revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike | None = None, local_files_only: bool = False,
+        force_download: bool = False, **overrides: Any,
+    ) -> _S:  # fmt: skip
         """Loads a scheduler from a checkpoint folder or a hub repository; the file may be that of a related class.
 
         Args:
             pretrained_model_name_or_path: Local folder, or ``owner/repository``.
             subfolder: Where in it the configuration lies (``"scheduler"`` in a pipeline's folder).
-            revision: Branch, tag or commit.
-            token: Hub token.
-            cache_dir: Folder of the hub cache.
-            local_files_only: Never use the network.
-            force_download: Fetch again what is cached.
+            revision, token, cache_dir, local_files_only, force_download: See :class:`sfumato.hub.Source`.
             **overrides: Configuration values that take precedence over the file's.
 
         Raises:
             HubError: The file cannot be found.
             ConfigError: The file is no valid configuration, or an override is no key of this class.
         """
-        from ..hub import locate_config
+        from ..hub import Source
 
-        path = locate_config(
-            pretrained_model_name_or_path,
-            cls.config_name,
-            subfolder=subfolder,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
-        return cls.from_config(read_json(path), **overrides)
+        source = Source(pretrained_model_name_or_path, revision, token, cache_dir, local_files_only, force_download)
+        return cls.from_config(read_json(source.file(cls.config_name, subfolder or "")), **overrides)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes ``scheduler_config.json`` into ``save_directory``."""
@@ -141,8 +135,6 @@ class SchedulerMixin(ConfigMixin):
         from .. import schedulers
 
         return [getattr(schedulers, s.name) for s in KarrasDiffusionSchedulers if hasattr(schedulers, s.name)]
-
-    # ---- run state
 
     def fresh(self: _S) -> _S:
         """Returns an independent copy with the same schedule and no run state (index, history). Tables are shared."""
@@ -181,12 +173,12 @@ class SchedulerMixin(ConfigMixin):
         value = float(timestep)
         found = [i for i, t in enumerate(self._times) if abs(t - value) <= 1e-6 * max(1.0, abs(t))]
         if not found:
-            raise ValueError(f"timestep={value:g} is not in the schedule: pass one of scheduler.timesteps{self._schedule_hint()}")
+            raise self._no_such(value)
         return found[1] if found[0] > 0 and len(found) > 1 else found[0]
 
-    def _schedule_hint(self) -> str:
-        shown = ", ".join(f"{t:g}" for t in self._times[:4])
-        return f" ({shown}{', ...' if len(self._times) > 4 else ''})"
+    def _no_such(self, timestep: float) -> ValueError:
+        shown = ", ".join([*(f"{t:g}" for t in self._times[:4]), "..."][: len(self._times)])
+        return ValueError(f"timestep={timestep:g} is not in the schedule: pass one of scheduler.timesteps ({shown})")
 
     def _position(self, timestep: float | torch.Tensor) -> int:
         """Returns the position of this step. Only the first step of a run may wait for the device, to read the timestep."""
@@ -196,9 +188,7 @@ class SchedulerMixin(ConfigMixin):
             raise ValueError(f"the schedule of {len(self._times)} steps is at its end: call set_timesteps before the next run")
         return self._step_index
 
-    # ---- schedule
-
-    def _set_schedule(self, timesteps: np.ndarray | torch.Tensor, device: str | torch.device | None, dtype: torch.dtype) -> None:
+    def _set_schedule(self, timesteps: np.ndarray | torch.Tensor, device: Device, dtype: torch.dtype) -> None:
         """Takes over the timesteps of a run and forgets the last run."""
         host = torch.as_tensor(np.ascontiguousarray(timesteps)).to(dtype)
         self.timesteps = host.to(device)
@@ -206,18 +196,19 @@ class SchedulerMixin(ConfigMixin):
         self._reset()
 
     def _check_count(self, num_inference_steps: int | None) -> int:
-        """Returns a valid number of steps.
-
-        Raises:
-            ValueError: It is missing or below 1.
-            TypeError: It is no whole number.
-        """
+        """Returns a valid number of steps, or raises a ValueError (below 1) or a TypeError (no whole number)."""
         if num_inference_steps is None:
             raise ValueError("num_inference_steps is missing: pass the number of steps")
         count = operator.index(num_inference_steps)
         if count < 1:
             raise ValueError(f"num_inference_steps={count}, expected at least 1")
         return count
+
+    def _count(self) -> int:
+        """Returns the number of steps of the run, or raises a ValueError where there is none."""
+        if self.num_inference_steps is None:
+            raise ValueError("the schedule is not laid out: call set_timesteps(num_inference_steps) before step")
+        return self.num_inference_steps
 
     def _alpha_bar_table(self, floor: float = 0.0) -> torch.Tensor:
         """Builds ``betas``, ``alphas`` and ``alphas_cumprod`` (float32, one per training step) from the configuration."""
@@ -235,9 +226,7 @@ class SchedulerMixin(ConfigMixin):
         """Returns the sample as the network expects it at this timestep: unchanged, unless a scheduler says otherwise."""
         return sample
 
-    # ---- step
-
-    def _step(self, sample: torch.Tensor, new: Update, return_dict: bool) -> SchedulerOutput | tuple[torch.Tensor, ...]:
+    def _step(self, sample: torch.Tensor, new: Update, return_dict: bool) -> StepResult:
         """Moves on by one position and wraps the solver's ``(next sample, denoised sample or None)``."""
         if self._step_index is not None:
             self._step_index += 1
@@ -248,8 +237,3 @@ class SchedulerMixin(ConfigMixin):
 def wide(sample: torch.Tensor) -> torch.Tensor:
     """Returns the sample in at least float32, in which all solvers calculate."""
     return sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
-
-
-def match_dims(factors: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """Brings per-sample factors ``(B,)`` or ``(1,)`` to the device and precision of ``sample`` as ``(B, 1, 1, ...)``."""
-    return factors.to(sample.device, wide(sample).dtype).view(-1, *[1] * (sample.ndim - 1))

@@ -14,10 +14,10 @@ import torch
 
 from ..errors import ConfigError
 from ..random import Generators, randn
-from .base import SchedulerOutput, wide
+from .base import Betas, Device, StepResult, wide
 from .levels import SigmaScheduler, one_source
-from .noise import integer_steps, one_of, ramp_name, shift_flow_sigmas, sigma_ramp, sigmas_to_steps
-from .prediction import denoised_coefficients, dynamic_threshold, mix, noise_coefficients, split_variance
+from .noise import integer_steps, one_of, shift_flow_sigmas, sigma_ramp, sigmas_to_steps
+from .prediction import mix, noise_coefficients, split_variance
 
 
 class LogSnrScheduler(SigmaScheduler):
@@ -44,72 +44,57 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
     """Multistep DPM-Solver and DPM-Solver++, as ODE or SDE, of order 1 to 3.
 
     Args:
-        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: As in ``DDPMScheduler``.
         solver_order: 1 to 3; higher counts as 3. Guided sampling is best with 2.
-        prediction_type: ``epsilon``, ``sample``, ``v_prediction`` or ``flow_prediction``.
-        thresholding, dynamic_thresholding_ratio, sample_max_value: Dynamic thresholding of the denoised sample.
         algorithm_type: ``dpmsolver++`` (extrapolates the denoised sample), ``dpmsolver`` (the noise), or either with ``sde-``.
         solver_type: ``midpoint`` or ``heun``, the form of the second-order step.
         lower_order_final: Lower the order in the last steps of runs below 15 steps.
         euler_at_final: Take the last step at first order.
-        use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: Spacing of the sigmas; at most one.
         use_lu_lambdas: Space the levels uniformly in ``lambda``.
         use_flow_sigmas: The model is a flow; its levels are uniform, moved by ``flow_shift``.
         flow_shift: See :func:`sfumato.schedulers.noise.shift_flow_sigmas`.
-        final_sigmas_type: The run ends at ``zero`` noise, or at ``sigma_min``, the table's smallest level.
         lambda_min_clipped: Leave out levels with smaller ``lambda`` (cosine tables reach minus infinity).
-        variance_type: ``learned`` or ``learned_range`` cut the predicted variance off the network's output.
-        timestep_spacing: ``linspace``, ``leading`` or ``trailing``.
-        steps_offset: Added to ``leading`` timesteps.
-        rescale_betas_zero_snr: Rescale the table to zero terminal signal (arXiv:2305.08891).
         use_dynamic_shifting: Let ``set_timesteps`` take the logarithm of the flow shift, ``mu``.
         time_shift_type: ``exponential``.
     """
 
     def __init__(
         self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: np.ndarray | list[float] | None = None, solver_order: int = 2, prediction_type: str = "epsilon",
-        thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0,
-        algorithm_type: str = "dpmsolver++", solver_type: str = "midpoint", lower_order_final: bool = True,
-        euler_at_final: bool = False, use_karras_sigmas: bool | None = False, use_exponential_sigmas: bool | None = False,
-        use_beta_sigmas: bool | None = False, use_lu_lambdas: bool | None = False, use_flow_sigmas: bool | None = False,
-        flow_shift: float | None = 1.0, final_sigmas_type: str | None = "zero", lambda_min_clipped: float = -math.inf,
-        variance_type: str | None = None, timestep_spacing: str = "linspace", steps_offset: int = 0,
-        rescale_betas_zero_snr: bool = False, use_dynamic_shifting: bool = False, time_shift_type: str = "exponential",
+        trained_betas: Betas = None, solver_order: int = 2, prediction_type: str = "epsilon", thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0, algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint", lower_order_final: bool = True, euler_at_final: bool = False,
+        use_karras_sigmas: bool | None = False, use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False,
+        use_lu_lambdas: bool | None = False, use_flow_sigmas: bool | None = False, flow_shift: float | None = 1.0,
+        final_sigmas_type: str | None = "zero", lambda_min_clipped: float = -math.inf, variance_type: str | None = None,
+        timestep_spacing: str = "linspace", steps_offset: int = 0, rescale_betas_zero_snr: bool = False,
+        use_dynamic_shifting: bool = False, time_shift_type: str = "exponential",
     ) -> None:  # fmt: skip
-        if algorithm_type == "deis":
-            self.register_to_config(algorithm_type="dpmsolver++")
-        if solver_type in ("logrho", "bh1", "bh2"):
-            self.register_to_config(solver_type="midpoint")
-        self._check_solver()
-        self._ramp = ramp_name(self.config) or ("lu" if use_lu_lambdas else "flow" if use_flow_sigmas else None)
+        # Names that related solvers have for what this one calls otherwise.
+        algorithm_type = "dpmsolver++" if algorithm_type == "deis" else algorithm_type
+        solver_type = "midpoint" if solver_type in ("logrho", "bh1", "bh2") else solver_type
+        self.register_to_config(algorithm_type=algorithm_type, solver_type=solver_type)
+        one_of("algorithm_type", algorithm_type, "dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
+        one_of("solver_type", solver_type, "midpoint", "heun")
+        one_of("time_shift_type", time_shift_type, "exponential")
+        self._on_denoised, self._stochastic = algorithm_type.endswith("++"), algorithm_type.startswith("sde")
+        if not self._on_denoised and final_sigmas_type == "zero":
+            raise ConfigError(f"algorithm_type={algorithm_type!r} cannot end at zero noise: set final_sigmas_type='sigma_min'")
+        if not 1 <= solver_order <= (2 if algorithm_type == "sde-dpmsolver" else math.inf):
+            raise ConfigError(
+                f"algorithm_type={algorithm_type!r} has no solver_order={solver_order}: choose 1 or 2 (or 3, if not sde-dpmsolver)"
+            )
         if prediction_type == "flow_prediction" and not use_flow_sigmas:
             raise ConfigError("prediction_type='flow_prediction' needs the levels of a flow: set use_flow_sigmas=True")
+        self._build()
+        self._ramp = self._ramp or ("lu" if use_lu_lambdas else "flow" if use_flow_sigmas else None)
         if use_flow_sigmas and self._ramp != "flow":
             raise ConfigError(f"use_flow_sigmas excludes the {self._ramp!r} spacing, whose levels exceed 1: set only one of them")
-        self._build()
-
-    def _check_solver(self) -> None:
-        c = self.config
-        one_of("algorithm_type", c["algorithm_type"], ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"))
-        one_of("solver_type", c["solver_type"], ("midpoint", "heun"))
-        one_of("final_sigmas_type", c["final_sigmas_type"], ("zero", "sigma_min"))
-        one_of("time_shift_type", c["time_shift_type"], ("exponential",))
-        self._on_denoised = c["algorithm_type"].endswith("++")
-        self._stochastic = c["algorithm_type"].startswith("sde")
-        if not self._on_denoised and c["final_sigmas_type"] == "zero":
-            raise ConfigError(f"algorithm_type={c['algorithm_type']!r} cannot end at zero noise: set final_sigmas_type='sigma_min'")
-        if c["algorithm_type"] == "sde-dpmsolver" and c["solver_order"] > 2:
-            raise ConfigError(f"algorithm_type='sde-dpmsolver' has no solver_order={c['solver_order']}: choose 1 or 2")
-        if c["solver_order"] < 1:
-            raise ConfigError(f"solver_order={c['solver_order']}, expected 1, 2 or 3")
 
     def _reset(self) -> None:
         super()._reset()
         self._history: list[torch.Tensor] = []
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: str | torch.device | None = None, mu: float | None = None,
+        self, num_inference_steps: int | None = None, device: Device = None, mu: float | None = None,
         timesteps: list[int] | None = None,
     ) -> None:  # fmt: skip
         """Lays out a run.
@@ -127,35 +112,29 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
         if mu is not None and not c["use_dynamic_shifting"]:
             raise ValueError(f"mu={mu} needs a scheduler with use_dynamic_shifting=True")
-        if timesteps is not None:
-            if self._ramp:
-                raise ValueError(f"timesteps cannot be set with the {self._ramp!r} spacing of sigmas: pass num_inference_steps")
-            stops = np.array(timesteps).astype(np.int64)
+        if timesteps is not None and self._ramp:
+            raise ValueError(f"timesteps cannot be set with the {self._ramp!r} spacing of sigmas: pass num_inference_steps")
+        if timesteps is None:
+            # Steps with lambda below the bound are left out: lambda falls along the table.
+            top = int((-np.log(self._table) >= c["lambda_min_clipped"]).sum())
+            count = self._check_count(num_inference_steps)
+            stops = integer_steps(c["timestep_spacing"], count, len(self), c["steps_offset"], extra=1, top=top).round()
         else:
-            stops = self._stops(self._check_count(num_inference_steps))
-        levels, stops = self._levels_at(stops, c["flow_shift"] if mu is None else math.exp(mu))
+            stops = np.array(timesteps)
+        levels, stops = self._levels_at(stops.astype(np.int64), c["flow_shift"] if mu is None else math.exp(mu))
         self.num_inference_steps = len(stops)
-        self._set_levels(np.append(levels, self._final_sigma()), stops, device, torch.int64)
-
-    def _stops(self, count: int) -> np.ndarray:
-        c = self.config
-        # Steps with lambda below the bound are left out: lambda falls along the table.
-        top = int((-np.log(self._table) >= c["lambda_min_clipped"]).sum())
-        stops = integer_steps(c["timestep_spacing"], count, len(self), c["steps_offset"], skip_last=True, top=top)
-        return stops.round().astype(np.int64)
+        self._set_levels(np.append(levels, self._final_sigma), stops, device, torch.int64)
 
     def _levels_at(self, stops: np.ndarray, flow_shift: float) -> tuple[np.ndarray, np.ndarray]:
         """Returns a run's noise levels, without the last, and its whole training steps."""
-        count = len(stops)
         if self._ramp is None:
             return self._sigmas_at(stops), stops
         if self._ramp == "flow":
-            uniform = np.linspace(1.0, 1 / len(self), count + 1)
+            uniform = np.linspace(1.0, 1 / len(self), len(stops) + 1)
             levels = shift_flow_sigmas(1 - uniform, flow_shift)[:0:-1]
             return levels, (levels * len(self)).astype(np.int64)
         # Levels uniform in lambda are uniform in log sigma as well (arXiv:2206.00927 section 3.4), on this table.
-        ramp = "exponential" if self._ramp == "lu" else self._ramp
-        levels = sigma_ramp(ramp, *self._bounds(), count)
+        levels = sigma_ramp("exponential" if self._ramp == "lu" else self._ramp, *self._bounds, len(stops))
         steps = sigmas_to_steps(levels, self._table)
         rounded = self._ramp in ("karras", "lu") and self.config["beta_schedule"] != "squaredcos_cap_v2"  # else cut off, as trained
         return levels, (steps.round() if rounded else steps).astype(np.int64)
@@ -163,48 +142,33 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
     def step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
         variance_noise: torch.Tensor | None = None, return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[torch.Tensor, ...]:  # fmt: skip
-        """Goes one step towards the clean sample.
-
-        Args:
-            model_output: ``(B, C, ...)``.
-            timestep: Element of ``timesteps`` (read in a run's first step only).
-            sample: ``(B, C, ...)``.
-            generator: Source of the noise of the ``sde-`` solvers.
-            variance_noise: The noise itself, in place of ``generator``.
-            return_dict: Return a :class:`SchedulerOutput`, else ``(prev_sample,)``.
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample; only the ``sde-`` solvers add noise. See :class:`SchedulerMixin`.
 
         Raises:
             ValueError: ``set_timesteps`` was not called, or the timestep is not in the schedule.
         """
-        if self.num_inference_steps is None:
-            raise ValueError("the schedule is not laid out: call set_timesteps(num_inference_steps) before step")
-        i = self._position(timestep)
-        x, noise = wide(sample), None
-        if self._stochastic:
-            noise = variance_noise
-            if noise is None:
-                noise = randn(model_output.shape, generator=generator, device=x.device, dtype=torch.float32)
+        count, i = self._count(), self._position(timestep)
+        x, noise = wide(sample), variance_noise if self._stochastic else None
+        if self._stochastic and noise is None:
+            noise = randn(model_output.shape, generator=generator, device=x.device, dtype=torch.float32)
         output = split_variance(model_output, sample.shape[1], self.config["variance_type"])[0]
         self._history = [self._convert(output, i, x), *self._history[:2]]
-        return self._step(sample, (self.update(i, x, self._order_at(i), noise), None), return_dict)
+        return self._step(sample, (self.update(i, x, self._order_at(i, count), noise), None), return_dict)
 
     def _convert(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
         """Returns what the solver extrapolates: the denoised sample, or the noise."""
-        c = self.config
         alpha, sigma = self._signal_noise(self._sigmas[i])
-        if self._on_denoised or c["thresholding"]:
-            x0 = mix(denoised_coefficients(c["prediction_type"], alpha, sigma), x, output)
-            if c["thresholding"]:
-                x0 = dynamic_threshold(x0, c["dynamic_thresholding_ratio"], c["sample_max_value"])
-            return x0 if self._on_denoised else mix((1 / sigma, -alpha / sigma), x, x0)
-        return mix(noise_coefficients(c["prediction_type"], alpha, sigma), x, output)
+        if self._on_denoised:
+            return self._denoise(output, x, alpha, sigma)
+        if self._thresholds:
+            return mix(noise_coefficients("sample", alpha, sigma), x, self._denoise(output, x, alpha, sigma))
+        return mix(noise_coefficients(self.config["prediction_type"], alpha, sigma), x, output)
 
-    def _order_at(self, i: int) -> int:
+    def _order_at(self, i: int, count: int) -> int:
         """Returns the order of a step: as many outputs as there are, fewer at the end of short runs."""
-        c = self.config
-        left = len(self._times) - i
-        lowered = c["lower_order_final"] and len(self._times) < 15
+        c, left = self.config, count - i
+        lowered = c["lower_order_final"] and count < 15
         if left == 1 and (c["euler_at_final"] or lowered or c["final_sigmas_type"] == "zero"):
             return 1
         return min(len(self._history), c["solver_order"], left if lowered and left == 2 else 3)
@@ -224,9 +188,7 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
             if self._stochastic:
                 keep, z = keep * math.exp(-h), -2 * h
         else:
-            keep, gain, z, fresh = alpha_t / alpha_s, -sigma_t, h, math.expm1(2 * h)
-            if self._stochastic:
-                gain *= 2
+            keep, gain, z, fresh = alpha_t / alpha_s, -sigma_t * (2 if self._stochastic else 1), h, math.expm1(2 * h)
         first = gain * math.expm1(z)
         weights = [first]
         if order > 1:
@@ -242,5 +204,5 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
                 weights = [first + near, -near - far, far]
         new = x * keep
         for weight, output in zip(weights, self._history, strict=False):
-            new = torch.add(new, output, alpha=weight)
-        return new if noise is None else torch.add(new, noise, alpha=sigma_t * math.sqrt(fresh))
+            new.add_(output, alpha=weight)
+        return new if noise is None else new.add_(noise, alpha=sigma_t * math.sqrt(fresh))

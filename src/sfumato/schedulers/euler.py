@@ -11,10 +11,9 @@ import numpy as np
 import torch
 
 from ..random import Generators, randn
-from .base import SchedulerOutput, Update, wide
+from .base import Betas, Device, StepResult, Update, wide
 from .levels import SigmaScheduler, one_source
-from .noise import integer_steps, one_of, ramp_name, sigma_ramp, sigmas_to_steps
-from .prediction import denoised_coefficients, mix
+from .noise import integer_steps, one_of, sigma_ramp, sigmas_to_steps
 
 
 class ExplodingScheduler(SigmaScheduler):
@@ -44,50 +43,46 @@ class ExplodingScheduler(SigmaScheduler):
             )
         return super()._position(timestep)  # type: ignore[arg-type]
 
-    def _denoise(self, output: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        scale = 1 / math.sqrt(sigma**2 + 1)
-        a, b = denoised_coefficients(self.config["prediction_type"], scale, sigma * scale)
-        return mix((a * scale, b), x, output)
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
+        """Lays out a run of ``num_inference_steps``, with ``timesteps`` on ``device``."""
+        stops = self._stops(num_inference_steps)
+        self._set_levels(np.append(self._sigmas_at(stops), 0.0), stops, device, torch.float32)
+
+    def _stops(self, num_inference_steps: int | None) -> np.ndarray:
+        """Returns the descending training steps of a run, with fractions, and notes their number."""
+        self.num_inference_steps = count = self._check_count(num_inference_steps)
+        return integer_steps(self.config["timestep_spacing"], count, len(self), self.config["steps_offset"])
 
 
 class EulerDiscreteScheduler(ExplodingScheduler):
     """Euler's method on the probability flow, with optional churn (arXiv:2206.00364 algorithm 2 without its correction).
 
     Args:
-        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: As in ``DDPMScheduler``.
-        prediction_type: ``epsilon``, ``sample`` (or ``original_sample``, the same) or ``v_prediction``.
         interpolation_type: ``linear`` interpolates the table at the timesteps; ``log_linear`` lays sigmas uniformly in logarithm.
-        use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: Spacing of the sigmas; at most one.
-        sigma_min, sigma_max: Range of those spacings (default: that of the timesteps).
-        timestep_spacing: ``linspace``, ``leading`` or ``trailing``.
+        sigma_min, sigma_max: Range of the ``use_*_sigmas`` spacings (default: that of the timesteps).
         timestep_type: ``continuous`` tells v-prediction networks ``log(sigma) / 4`` in place of the training step.
-        steps_offset: Added to ``leading`` timesteps.
-        rescale_betas_zero_snr: Rescale the table to zero terminal signal (arXiv:2305.08891).
-        final_sigmas_type: The run ends at ``zero`` noise, or at ``sigma_min``, the table's smallest level.
     """
 
     predictions = ("epsilon", "sample", "original_sample", "v_prediction")
 
     def __init__(
         self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: np.ndarray | list[float] | None = None, prediction_type: str = "epsilon", interpolation_type: str = "linear",
+        trained_betas: Betas = None, prediction_type: str = "epsilon", interpolation_type: str = "linear",
         use_karras_sigmas: bool | None = False, use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False,
         sigma_min: float | None = None, sigma_max: float | None = None, timestep_spacing: str = "linspace",
         timestep_type: str = "discrete", steps_offset: int = 0, rescale_betas_zero_snr: bool = False,
         final_sigmas_type: str = "zero",
     ) -> None:  # fmt: skip
-        one_of("interpolation_type", interpolation_type, ("linear", "log_linear"))
-        one_of("timestep_type", timestep_type, ("discrete", "continuous"))
-        one_of("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
-        self._ramp = ramp_name(self.config)
+        one_of("interpolation_type", interpolation_type, "linear", "log_linear")
+        one_of("timestep_type", timestep_type, "discrete", "continuous")
         self._continuous = timestep_type == "continuous" and prediction_type == "v_prediction"
         self._build()
         if self._continuous:
             self._set_levels(np.append(self._table[::-1], 0.0), np.log(self._table[::-1]) / 4, None, torch.float32)
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
-        timesteps: list[float] | None = None, sigmas: list[float] | None = None,
+        self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[float] | None = None,
+        sigmas: list[float] | None = None,
     ) -> None:  # fmt: skip
         """Lays out a run.
 
@@ -101,19 +96,14 @@ class EulerDiscreteScheduler(ExplodingScheduler):
             ValueError: Not exactly one of the three was given, or ``timesteps`` with a spacing of sigmas.
         """
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-        c = self.config
+        if timesteps is not None and (self._ramp or self._continuous):
+            cause = f"use_{self._ramp}_sigmas=True" if self._ramp else "timestep_type='continuous'"
+            raise ValueError(f"timesteps cannot be set with {cause}: pass sigmas, or change the configuration")
         if sigmas is not None:
             levels = np.array(sigmas, dtype=np.float64)
             stops = sigmas_to_steps(levels[:-1], self._table)
         else:
-            if timesteps is not None:
-                if self._ramp or self._continuous:
-                    cause = f"use_{self._ramp}_sigmas=True" if self._ramp else "timestep_type='continuous'"
-                    raise ValueError(f"timesteps cannot be set with {cause}: pass sigmas, or change the configuration")
-                stops = np.array(timesteps, dtype=np.float64)
-            else:
-                count = self._check_count(num_inference_steps)
-                stops = integer_steps(c["timestep_spacing"], count, len(self), c["steps_offset"])
+            stops = self._stops(num_inference_steps) if timesteps is None else np.array(timesteps, dtype=np.float64)
             levels, stops = self._levels_at(stops)
         if self._continuous:
             stops = np.log(levels[:-1]) / 4
@@ -125,29 +115,25 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         c = self.config
         levels = self._sigmas_at(stops)
         if c["interpolation_type"] == "log_linear":
-            levels = sigma_ramp("exponential", *self._bounds(), len(stops) + 1)
+            levels = sigma_ramp("exponential", *self._bounds, len(stops) + 1)
         if self._ramp:
             high = levels[0] if c["sigma_max"] is None else c["sigma_max"]
             low = levels[-1] if c["sigma_min"] is None else c["sigma_min"]
             levels = sigma_ramp(self._ramp, high, low, len(stops))
             stops = sigmas_to_steps(levels, self._table)
-        return np.append(levels, self._final_sigma()), stops
+        return np.append(levels, self._final_sigma), stops
 
     def step(
         self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, s_churn: float = 0.0,
         s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[torch.Tensor, ...]:  # fmt: skip
+    ) -> StepResult:  # fmt: skip
         """Goes one step towards the clean sample.
 
         Args:
-            model_output: ``(B, C, ...)``.
-            timestep: Element of ``timesteps`` (read in a run's first step only).
-            sample: ``(B, C, ...)``.
+            model_output, timestep, sample, generator, return_dict: See :class:`SchedulerMixin`.
             s_churn: Noise added per run before the steps; 0 is deterministic.
             s_tmin, s_tmax: Range of sigmas with churn.
             s_noise: Factor of the added noise.
-            generator: Source of the noise, if ``s_churn > 0``.
-            return_dict: Return a :class:`SchedulerOutput`, else ``(prev_sample, pred_original_sample)``.
         """
         i = self._position(timestep)
         sigma, x, churned = self._sigmas[i], wide(sample), self._sigmas[i]
@@ -159,47 +145,25 @@ class EulerDiscreteScheduler(ExplodingScheduler):
 
     def update(self, output: torch.Tensor, i: int, x: torch.Tensor, churned: float) -> Update:
         """Moves along the line from ``x`` at sigma ``churned`` through its denoised form."""
-        x0 = self._denoise(output, x, churned)
-        ratio = self._sigmas[i + 1] / churned
-        return mix((ratio, 1 - ratio), x, x0), x0
+        x0 = self._denoise(output, x, 1.0, churned)
+        return torch.lerp(x0, x, self._sigmas[i + 1] / churned), x0
 
 
 class EulerAncestralDiscreteScheduler(ExplodingScheduler):
-    """Euler steps that go further down than the next level and come back up with fresh noise.
-
-    Args:
-        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: As in ``DDPMScheduler``.
-        prediction_type: ``epsilon`` or ``v_prediction``.
-        timestep_spacing, steps_offset, rescale_betas_zero_snr: As in :class:`EulerDiscreteScheduler`.
-    """
+    """Euler steps that go further down than the next level and come back up with fresh noise."""
 
     def __init__(
         self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: np.ndarray | list[float] | None = None, prediction_type: str = "epsilon", timestep_spacing: str = "linspace",
-        steps_offset: int = 0, rescale_betas_zero_snr: bool = False,
+        trained_betas: Betas = None, prediction_type: str = "epsilon", timestep_spacing: str = "linspace", steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
     ) -> None:  # fmt: skip
         self._build()
-
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Lays out a run of ``num_inference_steps``, with ``timesteps`` on ``device``."""
-        count = self._check_count(num_inference_steps)
-        stops = integer_steps(self.config["timestep_spacing"], count, len(self), self.config["steps_offset"])
-        self.num_inference_steps = count
-        self._set_levels(np.append(self._sigmas_at(stops), 0.0), stops, device, torch.float32)
 
     def step(
         self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[torch.Tensor, ...]:  # fmt: skip
-        """Goes one step towards the clean sample.
-
-        Args:
-            model_output: ``(B, C, ...)``.
-            timestep: Element of ``timesteps`` (read in a run's first step only).
-            sample: ``(B, C, ...)``.
-            generator: Source of the noise.
-            return_dict: Return a :class:`SchedulerOutput`, else ``(prev_sample, pred_original_sample)``.
-        """
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`."""
         i = self._position(timestep)
         noise = randn(model_output.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
         return self._step(sample, self.update(model_output, i, wide(sample), noise), return_dict)
@@ -208,6 +172,5 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
         """Splits the next level's variance into a part kept by the step and a part drawn anew, as DDPM's posterior does."""
         sigma, following = self._sigmas[i], self._sigmas[i + 1]
         up = following * math.sqrt(1 - following**2 / sigma**2) if following < sigma else 0.0
-        ratio = math.sqrt(following**2 - up**2) / sigma
-        x0 = self._denoise(output, x, sigma)
-        return torch.add(mix((ratio, 1 - ratio), x, x0), noise, alpha=up), x0
+        x0 = self._denoise(output, x, 1.0, sigma)
+        return torch.lerp(x0, x, math.sqrt(following**2 - up**2) / sigma).add_(noise, alpha=up), x0

@@ -14,13 +14,11 @@ import torch
 
 from ..errors import ConfigError, did_you_mean
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-SPACINGS = ("linspace", "leading", "trailing")
 ZERO_SNR_FLOOR = 2.0**-24
 """Stands for ``alpha_bar = 0`` where a finite sigma is needed (sigma = 4096)."""
 
 
-def one_of(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+def one_of(key: str, value: Any, *allowed: Any) -> None:
     """Raises a :class:`ConfigError` that names ``key`` unless ``value`` is allowed."""
     if value not in allowed:
         hint = did_you_mean(str(value), [str(a) for a in allowed])
@@ -34,10 +32,10 @@ def beta_table(schedule: str, steps: int, start: float, end: float, trained: Any
 
     Args:
         schedule: ``linear`` (DDPM, arXiv:2006.11239), ``scaled_linear`` (linear in the square root, latent diffusion),
-            ``squaredcos_cap_v2`` (arXiv:2102.09672 eq. 17), ``sigmoid`` (GeoDiff).
+            ``squaredcos_cap_v2`` (arXiv:2102.09672 eq. 17, without ``start`` and ``end``) or ``sigmoid`` (GeoDiff).
         steps: Number of training steps.
-        start: First beta (not for the cosine schedule).
-        end: Last beta (not for the cosine schedule).
+        start: First beta.
+        end: Last beta.
         trained: Explicit betas, which replace the schedule.
 
     Returns:
@@ -51,7 +49,7 @@ def beta_table(schedule: str, steps: int, start: float, end: float, trained: Any
         if betas.ndim != 1 or len(betas) < steps:
             raise ConfigError(f"trained_betas has shape {tuple(betas.shape)}, expected num_train_timesteps={steps} numbers or more")
         return betas
-    one_of("beta_schedule", schedule, BETA_SCHEDULES)
+    one_of("beta_schedule", schedule, "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
     if schedule == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float32)
     if schedule == "scaled_linear":
@@ -65,14 +63,11 @@ def beta_table(schedule: str, steps: int, start: float, end: float, trained: Any
 def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     """Shifts and scales a schedule so that its last step holds no signal (arXiv:2305.08891, algorithm 1)."""
     root = (1.0 - betas).cumprod(0).sqrt()
-    first, last = root[0].clone(), root[-1].clone()
-    alpha_bar = ((root - last) * (first / (first - last))) ** 2
+    alpha_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 
-def integer_steps(
-    spacing: str, count: int, steps: int, offset: int = 0, *, skip_last: bool = False, top: int | None = None
-) -> np.ndarray:
+def integer_steps(spacing: str, count: int, steps: int, offset: int = 0, extra: int = 0, top: int | None = None) -> np.ndarray:
     """Training steps at which a sampler stops, descending, before rounding (arXiv:2305.08891, table 2).
 
     Args:
@@ -81,42 +76,25 @@ def integer_steps(
         count: Number of stops.
         steps: Number of training steps.
         offset: Added to ``leading`` stops.
-        skip_last: Lays out one stop more and leaves out the cleanest (``linspace`` and ``leading``).
+        extra: Lays out so many stops more and leaves out the cleanest (``linspace`` and ``leading``).
         top: Stops lie below this step (default ``steps``).
 
     Raises:
         ValueError: More ``leading`` stops than training steps.
     """
-    one_of("timestep_spacing", spacing, SPACINGS)
+    one_of("timestep_spacing", spacing, "linspace", "leading", "trailing")
     top = steps if top is None else top
     if spacing == "trailing":
         return np.arange(top, 0, -steps / count).round() - 1
-    points = count + skip_last
     if spacing == "linspace":
-        stops = np.linspace(0, top - 1, points)
-    elif points > top:
+        return np.linspace(0, top - 1, count + extra)[::-1][:count]
+    if count + extra > top:
         raise ValueError(f"num_inference_steps={count} is more than timestep_spacing='leading' can place on {top} training steps")
-    else:
-        stops = np.arange(points, dtype=np.float64) * (top // points)
-    stops = stops[::-1][: points - skip_last]
-    return stops + offset if spacing == "leading" else stops
-
-
-def ramp_name(config: Any) -> str | None:
-    """Returns the sigma spacing that the ``use_*_sigmas`` flags ask for, or ``None``.
-
-    Raises:
-        ConfigError: More than one flag is set.
-    """
-    chosen = [name for name in ("karras", "exponential", "beta") if config.get(f"use_{name}_sigmas")]
-    if len(chosen) > 1:
-        flags = " and ".join(f"use_{name}_sigmas" for name in chosen)
-        raise ConfigError(f"{flags} exclude each other: set only one of them to True")
-    return chosen[0] if chosen else None
+    return np.arange(count + extra, dtype=np.float64)[::-1][:count] * (top // (count + extra)) + offset
 
 
 def sigma_ramp(name: str, high: float, low: float, count: int) -> np.ndarray:
-    """``count`` sigmas from ``high`` down to ``low``.
+    """Lays ``count`` sigmas from ``high`` down to ``low``.
 
     Args:
         name: ``karras`` (arXiv:2206.00364 eq. 5, rho 7), ``exponential`` (uniform in log sigma) or ``beta`` (quantiles of
@@ -125,11 +103,11 @@ def sigma_ramp(name: str, high: float, low: float, count: int) -> np.ndarray:
         low: Last sigma.
         count: Number of sigmas.
     """
+    if name == "exponential":
+        return np.exp(np.linspace(math.log(high), math.log(low), count))
     place = np.linspace(0.0, 1.0, count)
     if name == "karras":
         return (high ** (1 / 7) + place * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-    if name == "exponential":
-        return np.exp(np.linspace(math.log(high), math.log(low), count))
     try:
         from scipy.special import betaincinv
     except ImportError as error:

@@ -6,6 +6,8 @@ be read off as ``a * x + b * output`` with two numbers that depend on the noise 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..errors import ConfigError
@@ -15,8 +17,8 @@ def denoised_coefficients(kind: str, alpha: float, sigma: float) -> tuple[float,
     """Returns ``(a, b)`` with ``x0 = a * x + b * output``.
 
     Args:
-        kind: ``epsilon`` (the noise), ``sample`` (``x0``), ``v_prediction`` (``alpha * noise - sigma * x0``, arXiv:2202.00512) or
-            ``flow_prediction`` (``noise - x0``, arXiv:2210.02747).
+        kind: ``epsilon`` (the noise), ``sample`` or ``original_sample`` (``x0``), ``flow_prediction`` (``noise - x0``,
+            arXiv:2210.02747) or ``v_prediction`` (``alpha * noise - sigma * x0`` at unit variance, arXiv:2202.00512).
         alpha: Factor of the signal.
         sigma: Factor of the noise.
 
@@ -30,16 +32,18 @@ def denoised_coefficients(kind: str, alpha: float, sigma: float) -> tuple[float,
                 "predicts 'v_prediction' or 'sample'; set that prediction_type, or rescale_betas_zero_snr=False"
             )
         return 1 / alpha, -sigma / alpha
-    return {"sample": (0.0, 1.0), "original_sample": (0.0, 1.0), "v_prediction": (alpha, -sigma), "flow_prediction": (1.0, -sigma)}[
-        kind
-    ]
+    if kind == "v_prediction":
+        variance = alpha**2 + sigma**2
+        return alpha / variance, -sigma / math.sqrt(variance)
+    return (1.0, -sigma) if kind == "flow_prediction" else (0.0, 1.0)
 
 
 def noise_coefficients(kind: str, alpha: float, sigma: float) -> tuple[float, float]:
     """Returns ``(a, b)`` with ``noise = a * x + b * output``; arguments as in :func:`denoised_coefficients`."""
-    if kind == "sample":
-        return 1 / sigma, -alpha / sigma
-    return {"epsilon": (0.0, 1.0), "v_prediction": (sigma, alpha), "flow_prediction": (1.0, 1 - sigma)}[kind]
+    if kind == "epsilon":
+        return 0.0, 1.0
+    a, b = denoised_coefficients(kind, alpha, sigma)
+    return (1 - alpha * a) / sigma, -alpha * b / sigma
 
 
 def mix(weights: tuple[float, float], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -75,12 +79,10 @@ def split_variance(output: torch.Tensor, channels: int, variance_type: str | Non
     Raises:
         ValueError: The channels do not fit ``variance_type``.
     """
-    learned = variance_type in ("learned", "learned_range")
-    if output.shape[1] == 2 * channels and learned:
-        prediction, variance = output.chunk(2, dim=1)
-        return prediction, variance
     if output.shape[1] == channels:
         return output, None
+    if output.shape[1] == 2 * channels and variance_type in ("learned", "learned_range"):
+        return output[:, :channels], output[:, channels:]
     raise ValueError(
         f"model_output has {output.shape[1]} channels for a sample of {channels} with variance_type={variance_type!r}; a network "
         "that predicts its variance too needs variance_type='learned_range', or its model_output cut in half"
