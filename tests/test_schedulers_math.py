@@ -120,7 +120,7 @@ def test_steps_do_not_wait_for_the_device(name: str) -> None:
     scheduler.set_begin_index(0)
     x = torch.empty(1, 4, 8, 8, device="meta")
     for i, t in enumerate(scheduler.timesteps):
-        if isinstance(scheduler, schedulers.levels.StepScheduler):
+        if isinstance(scheduler, schedulers.base.StepScheduler):
             assert scheduler._training_step(t) == scheduler._times[i]
         output = scheduler.scale_model_input(x, t)
         x = scheduler.step(output, t, x).prev_sample

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from ..random import Generators, randn
-from .base import Betas, Device, StepResult, Update, wide
-from .levels import StepScheduler, one_source
+from .base import Betas, Device, StepResult, StepScheduler, Update, one_source, wide
 from .noise import one_of
 from .prediction import mix, noise_coefficients, split_variance
 

@@ -14,8 +14,7 @@ import torch
 
 from ..errors import ConfigError
 from ..random import Generators, randn
-from .base import Betas, Device, StepResult, wide
-from .levels import SigmaScheduler, one_source
+from .base import Betas, Device, SigmaScheduler, StepResult, one_source, wide
 from .noise import integer_steps, one_of, shift_flow_sigmas, sigma_ramp, sigmas_to_steps
 from .prediction import mix, noise_coefficients, split_variance
 

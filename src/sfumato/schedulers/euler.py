@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from ..random import Generators, randn
-from .base import Betas, Device, StepResult, Update, wide
-from .levels import SigmaScheduler, one_source
+from .base import Betas, Device, SigmaScheduler, StepResult, Update, one_source, wide
 from .noise import integer_steps, one_of, sigma_ramp, sigmas_to_steps
 
 
