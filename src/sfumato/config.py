@@ -85,7 +85,7 @@ class ConfigMixin:
                 self.__dict__["_config"] = _bind(type(self), signature, args, kwargs)
             init(self, *args, **kwargs)
 
-        cls.__init__ = recording_init  # type: ignore[method-assign]
+        cls.__init__ = recording_init  # type: ignore[method-assign, assignment]
 
     @property
     def config(self) -> FrozenConfig:

@@ -63,7 +63,7 @@ class Source:
                 str(self.name),
                 revision=self.revision,
                 token=self.token,
-                cache_dir=self.cache_dir,
+                cache_dir=None if self.cache_dir is None else os.fspath(self.cache_dir),
                 local_files_only=self.local_files_only,
                 force_download=self.force_download,
                 allow_patterns=wanted,

@@ -159,7 +159,8 @@ def save_tensors(
 
     All files appear whole, together, or not at all; outdated files are removed after that.
     """
-    limit, shards, used = parse_size(max_shard_size), [{}], 0
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    limit, used = parse_size(max_shard_size), 0
     for key, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
         if used + size > limit and shards[-1]:
@@ -200,4 +201,4 @@ def remove_outdated(folder: Path, name: str, variant: str | None, written: Itera
 def build_on_meta(cls: type[_M], config: Mapping[str, Any], **overrides: Any) -> _M:
     """Builds a configurable network without memory for its parameters."""
     with torch.device("meta"):
-        return cls.from_config(config, **overrides)  # type: ignore[attr-defined, no-any-return]
+        return cls.from_config(config, **overrides)  # type: ignore[attr-defined]

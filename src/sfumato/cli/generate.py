@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-
-if TYPE_CHECKING:
-    from ..pipelines.base import DiffusionPipeline
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -112,7 +109,7 @@ def load(
     dtype: str | None,
     revision: str | None,
     variant: str | None,
-) -> DiffusionPipeline:
+) -> Any:
     """Loads the pipeline class that the given pictures ask for."""
     with console.status("loading"):
         import torch
@@ -132,7 +129,9 @@ def load(
             if from_image
             else auto.AutoPipelineForText2Image
         )
-        pipe = kind.from_pretrained(model or EMBEDDED_MODEL, dtype=precision, device_map=device, revision=revision, variant=variant)
+        pipe: Any = kind.from_pretrained(
+            model or EMBEDDED_MODEL, dtype=precision, device_map=device, revision=revision, variant=variant
+        )
         if scheduler:
             name = scheduler if scheduler.endswith("Scheduler") else f"{scheduler}Scheduler"
             if name not in registry.PUBLIC:
@@ -141,9 +140,7 @@ def load(
     return pipe
 
 
-def run(
-    pipe: DiffusionPipeline, prompt: str, arguments: dict[str, Any], image: str | None, mask: str | None, seed: int, count: int
-) -> list[Any]:
+def run(pipe: Any, prompt: str, arguments: dict[str, Any], image: str | None, mask: str | None, seed: int, count: int) -> list[Any]:
     """Makes the pictures; picture k depends on ``seed + k`` alone."""
     import torch
 
@@ -159,9 +156,7 @@ def run(
     return output.images
 
 
-def write(
-    pictures: list[Any], pipe: DiffusionPipeline, recipe: dict[str, Any], seed: int, out: Path | None, prompt: str
-) -> list[Path]:
+def write(pictures: list[Any], pipe: Any, recipe: dict[str, Any], seed: int, out: Path | None, prompt: str) -> list[Path]:
     """Saves the pictures, each with the recipe that makes it alone."""
     from .. import __version__
     from ..media.image import save_image

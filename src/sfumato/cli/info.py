@@ -154,7 +154,7 @@ def read_header(path: Path) -> dict[str, Any]:
         if not 0 < length < min(100_000_000, path.stat().st_size):
             raise WeightsError(f"{path} is not a safetensors file, or is truncated: download it again")
         try:
-            return json.loads(file.read(length))  # type: ignore[no-any-return]
+            return json.loads(file.read(length))
         except ValueError as error:
             raise WeightsError(f"{path} has a broken header ({error}): download it again") from error
 

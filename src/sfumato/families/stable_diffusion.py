@@ -38,7 +38,7 @@ class StableDiffusion(DiffusionPipeline):
         adopts: Scheduler configuration that the constructor enforces where the key exists.
     """
 
-    component_names = (
+    component_names: ClassVar[tuple[str, ...]] = (
         "vae",
         "text_encoder",
         "tokenizer",
@@ -48,13 +48,13 @@ class StableDiffusion(DiffusionPipeline):
         "feature_extractor",
         "image_encoder",
     )
-    optional_components = ("safety_checker", "feature_extractor", "image_encoder")
+    optional_components: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     options = {"requires_safety_checker": True}
     output: ClassVar[type] = StableDiffusionPipelineOutput
     adopts: ClassVar[dict[str, Any]] = {"steps_offset": 1, "clip_sample": False}
 
     def adopt(self) -> None:
-        scheduler = self.scheduler
+        scheduler: Any = self.scheduler
         changes = {k: v for k, v in self.adopts.items() if k in scheduler.config and scheduler.config[k] != v}
         if changes:
             self.scheduler = type(scheduler).from_config({**scheduler.config, **changes})

@@ -5,7 +5,7 @@ Quirk: super-resolution feeds its quantising autoencoder unscaled latents.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,7 +23,7 @@ EXTRA = "callback callback_steps callback_on_step_end callback_on_step_end_tenso
 class Unconditional(DiffusionPipeline):
     """A U-Net on pixels and a scheduler; a call asks for a number of pictures."""
 
-    component_names = ("unet", "scheduler")
+    component_names: ClassVar[tuple[str, ...]] = ("unet", "scheduler")
 
     @property
     def compute_dtype(self) -> torch.dtype:

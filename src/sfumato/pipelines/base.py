@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -37,6 +37,10 @@ class DiffusionPipeline:
         task: What the pipeline does.
         call_signature: Its call arguments.
     """
+
+    if TYPE_CHECKING:  # components and what a family provides
+
+        def __getattr__(self, name: str) -> Any: ...
 
     config_name: ClassVar[str] = "model_index.json"
     component_names: ClassVar[tuple[str, ...]] = ()
@@ -172,7 +176,7 @@ class DiffusionPipeline:
         request = loading.LoadRequest(source, variant, loading.dtypes(dtype, torch_dtype), single_device(device_map))
         index = request.read_index(cls.config_name)
         chosen: type[Any] = cls if cls.component_names else loading.pipeline_class(index)
-        return chosen._from_index(request, index, components)  # type: ignore[no-any-return]
+        return chosen._from_index(request, index, components)
 
     @classmethod
     def _from_index(cls: type[_P], request: loading.LoadRequest, index: dict[str, Any], given: dict[str, Any]) -> _P:

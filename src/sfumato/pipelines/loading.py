@@ -44,7 +44,7 @@ def pipeline_class(index: dict[str, Any]) -> type:
     if not registry.PUBLIC.get(name, "").startswith("families."):
         near = did_you_mean(name, [n for n, module in registry.PUBLIC.items() if module.startswith("families.")])
         raise ConfigError(f"model_index.json asks for {name!r}, which is no pipeline offered here{near}")
-    return registry.load(name)  # type: ignore[no-any-return]
+    return registry.load(name)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def component_class(name: str, library: str, class_name: str) -> type:
     elif class_name in registry.FORMAT_LIBRARY or (
         class_name in registry.PUBLIC and issubclass(registry.load(class_name), ConfigMixin)
     ):
-        return registry.load(class_name)  # type: ignore[no-any-return]
+        return registry.load(class_name)
     raise ConfigError(
         f"component {name!r} is a {library}.{class_name}, which is not offered here, and no code outside the library is run: "
         f"pass {name}=..."

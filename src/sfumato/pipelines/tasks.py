@@ -116,7 +116,7 @@ class Task:
 
 def check_strength(run: Run) -> None:
     """Refuses a strength outside 0..1."""
-    if not (isinstance(run.args.strength, Real) and 0 <= run.args.strength <= 1):
+    if not (isinstance(run.args.strength, Real) and 0 <= float(run.args.strength) <= 1):
         raise ValueError(f"strength={run.args.strength!r} must lie in 0..1: 0 keeps the picture, 1 starts from noise")
 
 
