@@ -242,7 +242,7 @@ def test_nan_in_the_decoded_picture_names_the_vae() -> None:
         (TENSOR - 5, ValueError, "divide by 255"),
         (FLOATS[..., :2], ValueError, "a picture of 2 channels"),
         (FLOATS.repeat(2, -1), ValueError, "a picture of 6 channels"),
-        (FLOATS[0, 0], ValueError, r"a picture of shape \(3,\)"),
+        (FLOATS[0, 0], ValueError, r"images has shape \(3,\): expected \(H, W\) or"),
         ((TENSOR * 255).long(), TypeError, "a picture of torch.int64: expected uint8"),
     ],
 )

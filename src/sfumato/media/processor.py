@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +17,8 @@ Box = tuple[int, int, int, int]
 Picture = Image.Image | np.ndarray | torch.Tensor
 Pictures = Picture | Sequence[Picture]
 
-RESAMPLE = {
-    "nearest": Image.Resampling.NEAREST,
-    "linear": Image.Resampling.BILINEAR,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+RESAMPLE = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
+RESAMPLE["linear"] = RESAMPLE["bilinear"]
 OVERSHOOT = 0.1
 """How far values may leave their range: interpolation overshoots a little."""
 
@@ -35,32 +30,21 @@ class VaeImageProcessor(ConfigMixin):
         do_resize: Resize to the wanted size, or down to multiples of ``vae_scale_factor``.
         vae_scale_factor: Sizes are multiples of this.
         vae_latent_channels: Tensors with this many channels are latents and pass unchanged.
-        resample: Filter for PIL pictures: ``"nearest"``, ``"bilinear"``, ``"bicubic"`` or ``"lanczos"``. Arrays and tensors are
-            resized by nearest neighbour.
+        resample: Filter for PIL pictures, a key of ``RESAMPLE``; arrays and tensors are resized by nearest neighbour.
         reducing_gap: Reduce PIL pictures in two steps, faster; ``None`` for one exact step.
         do_normalize: Map 0..1 to -1..1.
         do_binarize: Map values below 0.5 to 0 and the others to 1, for masks.
-        do_convert_rgb: Convert to three channels.
-        do_convert_grayscale: Convert PIL pictures to one channel.
+        do_convert_rgb, do_convert_grayscale: Convert to three channels, or PIL pictures to one.
 
     Raises:
         ValueError: Both conversions are asked for, or ``resample`` is unknown.
     """
 
-    config_name: ClassVar[str] = "config.json"
-
     def __init__(
-        self,
-        do_resize: bool = True,
-        vae_scale_factor: int = 8,
-        vae_latent_channels: int = 4,
-        resample: str = "lanczos",
-        reducing_gap: int | None = None,
-        do_normalize: bool = True,
-        do_binarize: bool = False,
-        do_convert_rgb: bool = False,
+        self, do_resize: bool = True, vae_scale_factor: int = 8, vae_latent_channels: int = 4, resample: str = "lanczos",
+        reducing_gap: int | None = None, do_normalize: bool = True, do_binarize: bool = False, do_convert_rgb: bool = False,
         do_convert_grayscale: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if do_convert_rgb and do_convert_grayscale:
             raise ValueError("do_convert_rgb=True and do_convert_grayscale=True contradict each other: set one of them")
         if resample not in RESAMPLE:
@@ -69,9 +53,7 @@ class VaeImageProcessor(ConfigMixin):
     @staticmethod
     def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
         """``(B, H, W, C)`` or ``(H, W, C)`` in 0..1 -> pictures."""
-        if images.ndim not in (3, 4):
-            raise ValueError(f"images has shape {images.shape}: expected (B, H, W, C) or (H, W, C)")
-        scaled = images * 255
+        scaled = _shaped(images, "(B, H, W, C)", "(H, W, C)") * 255
         pixels = np.round(scaled, out=scaled).astype(np.uint8)
         pixels = pixels[None] if pixels.ndim == 3 else pixels
         return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in pixels]
@@ -85,17 +67,13 @@ class VaeImageProcessor(ConfigMixin):
     @staticmethod
     def numpy_to_pt(images: np.ndarray) -> torch.Tensor:
         """``(B, H, W, C)`` or ``(B, H, W)`` -> ``(B, C, H, W)``."""
-        if images.ndim not in (3, 4):
-            raise ValueError(f"images has shape {images.shape}: expected (B, H, W, C) or (B, H, W)")
-        images = images[..., None] if images.ndim == 3 else images
+        images = images[..., None] if _shaped(images, "(B, H, W, C)", "(B, H, W)").ndim == 3 else images
         return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
     @staticmethod
     def pt_to_numpy(images: torch.Tensor) -> np.ndarray:
         """``(B, C, H, W)`` -> ``(B, H, W, C)``, float32."""
-        if images.dim() != 4:
-            raise ValueError(f"images has shape {tuple(images.shape)}: expected (B, C, H, W)")
-        return images.detach().cpu().permute(0, 2, 3, 1).float().numpy()
+        return _shaped(images, "(B, C, H, W)").detach().cpu().permute(0, 2, 3, 1).float().numpy()
 
     @staticmethod
     def normalize(images: Any) -> Any:
@@ -105,9 +83,7 @@ class VaeImageProcessor(ConfigMixin):
     @staticmethod
     def denormalize(images: Any) -> Any:
         """-1..1 -> 0..1, array or tensor; values outside are clipped."""
-        if isinstance(images, torch.Tensor):
-            return images.mul(0.5).add_(0.5).clamp_(0, 1)
-        return (images * 0.5 + 0.5).clip(0, 1)
+        return images.mul(0.5).add_(0.5).clamp_(0, 1) if isinstance(images, torch.Tensor) else (images * 0.5 + 0.5).clip(0, 1)
 
     @staticmethod
     def convert_to_rgb(image: Image.Image) -> Image.Image:
@@ -136,8 +112,7 @@ class VaeImageProcessor(ConfigMixin):
 
         Args:
             mask_image: The mask; what is not black counts.
-            width: Width of the picture that the box will be resized to.
-            height: Its height.
+            width, height: Size of the picture that the box will be resized to.
             pad: Margin around the masked part.
 
         Returns:
@@ -163,8 +138,7 @@ class VaeImageProcessor(ConfigMixin):
 
         Args:
             image: A PIL picture, an array ``(B, H, W, C)`` or a tensor ``(B, C, H, W)``.
-            height: Height in pixels.
-            width: Width in pixels.
+            height, width: In pixels.
             resize_mode: ``"default"`` stretches; for PIL pictures also ``"fill"`` (fit inside, the borders continue the edge) and
                 ``"crop"`` (cover, cut what exceeds).
 
@@ -206,16 +180,15 @@ class VaeImageProcessor(ConfigMixin):
 
         Args:
             image: A PIL picture, an array ``(H, W)``, ``(H, W, C)`` or ``(B, H, W, C)``, or a tensor ``(..., H, W)``.
-            height: Wanted height.
-            width: Wanted width.
+            height, width: What is wanted.
 
         Raises:
             ValueError: Nothing would be left.
         """
         if isinstance(image, Image.Image):
-            own = (image.height, image.width)
+            own = image.size[::-1]
         elif isinstance(image, torch.Tensor):
-            own = (image.shape[-2], image.shape[-1])
+            own = tuple(image.shape[-2:])
         else:
             own = image.shape[:2] if image.ndim < 4 else image.shape[1:3]
         factor = self.config.vae_scale_factor
@@ -225,21 +198,16 @@ class VaeImageProcessor(ConfigMixin):
         return high - high % factor, wide - wide % factor
 
     def preprocess(
-        self,
-        image: Pictures,
-        height: int | None = None,
-        width: int | None = None,
-        resize_mode: str = "default",
+        self, image: Pictures, height: int | None = None, width: int | None = None, resize_mode: str = "default",
         crops_coords: Box | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """Makes the autoencoder's input.
 
         Args:
             image: A picture or a list of pictures of one kind: PIL; arrays ``(H, W)``, ``(H, W, C)`` or ``(B, H, W, C)``; tensors
                 ``(H, W)``, ``(C, H, W)`` or ``(B, C, H, W)``. Arrays and tensors hold ``uint8``, or floats in 0..1, or in -1..1,
                 which then are not normalised again. With ``do_convert_grayscale`` three dimensions are ``(B, H, W)``.
-            height: Height of the result; by default the first picture's, rounded down to a multiple.
-            width: Width of the result, likewise.
+            height, width: Of the result; by default the first picture's, rounded down to multiples.
             resize_mode: As in :meth:`resize`.
             crops_coords: Box (left, top, right, bottom) cut out of PIL pictures first.
 
@@ -250,15 +218,17 @@ class VaeImageProcessor(ConfigMixin):
             TypeError: Not pictures, or pictures of several kinds, or of an unfit type of number.
             ValueError: No pictures; several sizes; a wrong number of channels; NaN; values out of range.
         """
-        items = list(image) if isinstance(image, (list, tuple)) else [image]
+        several = isinstance(image, (list, tuple))
+        items: list[Any] = list(image) if several else [image]  # type: ignore[arg-type]
         kind = _kind(items)
         if kind is Image.Image:
-            x = self._from_pil(items, height, width, resize_mode, crops_coords)  # type: ignore[arg-type]
+            x = self._from_pil(items, height, width, resize_mode, crops_coords)
         else:
             if crops_coords is not None:
                 raise ValueError(f"crops_coords={crops_coords} takes PIL pictures, not {kind.__name__}: use load_image first")
-            by_batch = self.config.do_convert_grayscale and not isinstance(image, (list, tuple))
-            x = _batch([_as_tensor(item, by_batch) for item in items])  # type: ignore[arg-type]
+            tensors = [_as_tensor(item, self.config.do_convert_grayscale and not several) for item in items]
+            _one("shapes (channels, height, width)", (tuple(t.shape[1:]) for t in tensors), "resize them to one")
+            x = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             if kind is torch.Tensor and x.shape[1] == self.config.vae_latent_channels:
                 return x
             x = self._checked(x)
@@ -272,21 +242,14 @@ class VaeImageProcessor(ConfigMixin):
         self, images: list[Image.Image], height: int | None, width: int | None, resize_mode: str, box: Box | None
     ) -> torch.Tensor:
         images = [plain(image).crop(box) if box is not None else plain(image) for image in images]
-        sizes = {image.size for image in images}
-        if len(sizes) > 1 and (height is None or width is None or not self.config.do_resize):
-            raise ValueError(f"the pictures have several sizes, {sorted(sizes)}: resize them to one, or pass height and width")
+        if height is None or width is None or not self.config.do_resize:
+            _one("sizes", (image.size for image in images), "resize them to one, or pass height and width")
         if self.config.do_resize:
             height, width = self.get_default_height_width(images[0], height, width)
             images = [self.resize(image, height, width, resize_mode) for image in images]
-        if self.config.do_convert_rgb:
-            images = [self.convert_to_rgb(image) for image in images]
-        elif self.config.do_convert_grayscale:
-            images = [self.convert_to_grayscale(image) for image in images]
-        modes = sorted({image.mode for image in images})
-        if len(modes) > 1:
-            raise ValueError(
-                f"the pictures have several modes, {', '.join(modes)}: convert them to one, such as image.convert('RGB')"
-            )
+        if self.config.do_convert_rgb or self.config.do_convert_grayscale:
+            images = [image.convert("RGB" if self.config.do_convert_rgb else "L") for image in images]
+        _one("modes", (image.mode for image in images), "convert them to one, such as image.convert('RGB')")
         return self.numpy_to_pt(self.pil_to_numpy(images))
 
     def _checked(self, x: torch.Tensor) -> torch.Tensor:
@@ -296,10 +259,8 @@ class VaeImageProcessor(ConfigMixin):
             raise ValueError(f"a picture of {x.shape[1]} channels (as (B, C, H, W): {tuple(x.shape)}): expected {known}")
         low, high = (bound.item() for bound in x.aminmax())
         if not (low >= -1 - OVERSHOOT and high <= 1 + OVERSHOOT):
-            raise ValueError(
-                f"the picture's values lie in {low:.4g}..{high:.4g}: expected floats in 0..1 (or -1..1), without NaN; "
-                "divide by 255, or pass uint8"
-            )
+            expected = "floats in 0..1 (or -1..1), without NaN; divide by 255, or pass uint8"
+            raise ValueError(f"the picture's values lie in {low:.4g}..{high:.4g}: expected {expected}")
         if self.config.do_convert_rgb:
             return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3]
         return x
@@ -324,21 +285,16 @@ class VaeImageProcessor(ConfigMixin):
             raise ValueError(f"output_type={output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
         if output_type == "latent":
             return image
-        if image.dim() != 4:
-            raise ValueError(f"image has shape {tuple(image.shape)}: expected (B, C, H, W)")
         # one reduction: a sum keeps every NaN and infinity, and in float32 cannot overflow by itself
-        if not image.sum(dtype=torch.float32).isfinite():
-            raise FloatingPointError(
-                f"the VAE produced NaN or infinity in {image.dtype}: load it in float32 or bfloat16, "
-                "for example vae.to(torch.float32)"
-            )
+        if not _shaped(image, "(B, C, H, W)").sum(dtype=torch.float32).isfinite():
+            remedy = "load it in float32 or bfloat16, for example vae.to(torch.float32)"
+            raise FloatingPointError(f"the VAE produced NaN or infinity in {image.dtype}: {remedy}")
         flags = [self.config.do_normalize] * len(image) if do_denormalize is None else list(do_denormalize)
         if len(flags) != len(image):
             raise ValueError(f"do_denormalize has {len(flags)} entries for {len(image)} pictures")
         if any(flags):
-            denormalised = self.denormalize(image)
             which = torch.tensor(flags, device=image.device)[:, None, None, None]
-            image = denormalised if all(flags) else torch.where(which, denormalised, image)
+            image = self.denormalize(image) if all(flags) else torch.where(which, self.denormalize(image), image)
         if output_type == "pt":
             return image
         array = self.pt_to_numpy(image)
@@ -381,45 +337,45 @@ def _grow(low: int, high: int, extra: int, limit: int) -> tuple[int, int]:
     return (0, min(high - low, limit)) if low < 0 else (low, high)
 
 
-def _kind(items: Sequence[Any]) -> type:
+def _shaped(images: Any, *layouts: str) -> Any:
+    """Refuses an array or tensor that has not as many dimensions as one of the layouts."""
+    if images.ndim not in [layout.count(",") + 1 for layout in layouts]:
+        raise ValueError(f"images has shape {tuple(images.shape)}: expected {' or '.join(layouts)}")
+    return images
+
+
+def _one(what: str, found: Iterable[Any], remedy: str) -> None:
+    """Refuses pictures that differ."""
+    if len(several := sorted(set(found))) > 1:
+        raise ValueError(f"the pictures have several {what}, {', '.join(map(str, several))}: {remedy}")
+
+
+def _kind(items: list[Any]) -> type:
     """Returns the one kind of picture that all items are."""
     if not items:
         raise ValueError("image is an empty list: pass at least one picture")
-    kinds = {next((k for k in (Image.Image, np.ndarray, torch.Tensor) if isinstance(item, k)), type(item)) for item in items}
-    if len(kinds) > 1 or not kinds <= {Image.Image, np.ndarray, torch.Tensor}:
-        names = ", ".join(sorted(k.__name__ for k in kinds))
-        raise TypeError(
-            f"image holds {names}: expected PIL pictures, numpy arrays or torch tensors, one kind; see load_image for paths"
-        )
+    known = (Image.Image, np.ndarray, torch.Tensor)
+    kinds = {next((k for k in known if isinstance(item, k)), type(item)) for item in items}
+    if len(kinds) > 1 or not kinds <= {*known}:
+        expected = "PIL pictures, numpy arrays or torch tensors, one kind; see load_image for paths"
+        raise TypeError(f"image holds {', '.join(sorted(k.__name__ for k in kinds))}: expected {expected}")
     return kinds.pop()
 
 
 def _as_tensor(item: np.ndarray | torch.Tensor, by_batch: bool) -> torch.Tensor:
     """Array or tensor -> ``(B, C, H, W)`` of floats; three dimensions are ``(B, H, W)`` when ``by_batch``."""
-    if item.ndim not in (2, 3, 4):
-        raise ValueError(f"a picture of shape {tuple(item.shape)}: expected (height, width), with channels, or a batch of such")
-    x = item if isinstance(item, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(item))
+    array = isinstance(item, np.ndarray)
+    layouts = ("(H, W)", "(H, W, C)", "(B, H, W, C)") if array else ("(H, W)", "(C, H, W)", "(B, C, H, W)")
+    x = torch.from_numpy(np.ascontiguousarray(_shaped(item, *layouts))) if array else _shaped(item, *layouts)
     if x.dim() == 2:
         x = x[None, None]
-    elif isinstance(item, torch.Tensor):
-        x = x if x.dim() == 4 else x[:, None] if by_batch else x[None]
-    elif x.dim() == 3 and by_batch and x.shape[-1] != 1:
+    elif x.dim() == 3 and by_batch and not (array and x.shape[-1] == 1):
         x = x[:, None]
     else:
-        # (..., H, W, C) -> (B, C, H, W)
-        x = (x if x.dim() == 4 else x[None]).movedim(-1, 1)
-    if isinstance(item, np.ndarray) and x.dtype == torch.float64:
-        x = x.float()
+        x = x if x.dim() == 4 else x[None]
+        x = x.movedim(-1, 1) if array else x
     if x.dtype == torch.uint8:
         return x.float() / 255
     if not (x.is_floating_point() or x.dtype == torch.bool):
         raise TypeError(f"a picture of {item.dtype}: expected uint8 in 0..255, or floats in 0..1")
-    return x if x.is_floating_point() else x.float()
-
-
-def _batch(items: list[torch.Tensor]) -> torch.Tensor:
-    """Joins ``(B, C, H, W)`` tensors of one shape along the batch."""
-    shapes = sorted({tuple(x.shape[1:]) for x in items})
-    if len(shapes) > 1:
-        raise ValueError(f"the pictures have several shapes (channels, height, width), {shapes}: resize them to one")
-    return items[0] if len(items) == 1 else torch.cat(items)
+    return x.float() if x.dtype == torch.bool or (array and x.dtype == torch.float64) else x
