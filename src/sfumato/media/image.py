@@ -60,19 +60,14 @@ def _open(image: Any) -> Image.Image:
         return array_to_pil(image)
     if "torch" in sys.modules and isinstance(image, sys.modules["torch"].Tensor):
         # (..., C, H, W) -> (..., H, W, C)
-        array = image.detach().cpu()
-        array = array.float() if array.is_floating_point() else array
-        return array_to_pil(array.movedim(-3, -1).numpy() if array.dim() > 2 else array.numpy())
+        array = image.detach().cpu().movedim(-3, -1) if image.dim() > 2 else image.detach().cpu()
+        return array_to_pil((array.float() if array.is_floating_point() else array).numpy())
     if isinstance(image, (bytes, bytearray)):
         return _decode(bytes(image), "the bytes given")
-    if isinstance(image, (str, Path)):
-        return _open_name(str(image))
-    raise TypeError(
-        f"image is a {type(image).__name__}: expected a path, a URL, bytes, a PIL picture, a numpy array or a torch tensor"
-    )
-
-
-def _open_name(name: str) -> Image.Image:
+    if not isinstance(image, (str, Path)):
+        expected = "a path, a URL, bytes, a PIL picture, a numpy array or a torch tensor"
+        raise TypeError(f"image is a {type(image).__name__}: expected {expected}")
+    name = str(image)
     if name.startswith(("http://", "https://")):
         request = urllib.request.Request(name, headers={"User-Agent": "sfumato"})
         try:
@@ -111,18 +106,15 @@ def array_to_pil(array: np.ndarray) -> Image.Image:
         TypeError: Another type of number.
     """
     shape = array.shape
-    if array.ndim == 4 and shape[0] == 1:
-        array = array[0]
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+    array = array[0] if array.ndim == 4 and shape[0] == 1 else array
+    array = array[..., 0] if array.ndim == 3 and shape[-1] == 1 else array
+    if array.ndim not in (2, 3) or (array.ndim == 3 and shape[-1] not in (3, 4)):
         raise ValueError(f"an array of shape {shape} is not one picture: expected height, width and 1, 3 or 4 channels")
     if array.dtype == bool:
-        array = array.astype(np.float32)
+        array = array.astype(np.uint8) * 255
     if np.issubdtype(array.dtype, np.floating):
-        low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"an array of floats holds values in {low:.4g}..{high:.4g}: expected 0..1, without NaN")
+        if not ((array >= 0) & (array <= 1)).all():
+            raise ValueError(f"an array of floats holds {array.min():.4g}..{array.max():.4g}: expected 0..1, without NaN")
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
         raise TypeError(f"an array of {array.dtype}: expected uint8 in 0..255 or floats in 0..1")
@@ -160,8 +152,7 @@ def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize:
 
     Args:
         images: ``rows * cols`` pictures, row by row. Each has a cell of the first one's size.
-        rows: Number of rows.
-        cols: Number of columns.
+        rows, cols: Of the grid.
         resize: Edge of a square that every picture is resized to first.
 
     Raises:
@@ -174,8 +165,7 @@ def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize:
     width, height = images[0].size
     grid = Image.new("RGB", (cols * width, rows * height))
     for index, image in enumerate(images):
-        row, column = divmod(index, cols)
-        grid.paste(image, (column * width, row * height))
+        grid.paste(image, (index % cols * width, index // cols * height))
     return grid
 
 
@@ -215,12 +205,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: There is no such file.
         ValueError: It is not a picture, or holds no recipe.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path={str(path)!r} is not a file")
-    text = _decode(path.read_bytes(), str(path)).info.get(RECIPE_KEY)
     try:
-        recipe = json.loads(text or "")
+        recipe = json.loads(_decode(Path(path).read_bytes(), str(path)).info.get(RECIPE_KEY, ""))
     except json.JSONDecodeError:
         recipe = None
     if not isinstance(recipe, dict):

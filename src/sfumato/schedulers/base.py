@@ -31,7 +31,6 @@ Update = tuple[torch.Tensor, torch.Tensor | None]
 
 _S = TypeVar("_S", bound="SchedulerMixin")
 
-
 KarrasDiffusionSchedulers = enum.Enum(
     "KarrasDiffusionSchedulers",
     "DDIMScheduler DDPMScheduler PNDMScheduler LMSDiscreteScheduler EulerDiscreteScheduler HeunDiscreteScheduler "
@@ -148,21 +147,17 @@ class SchedulerMixin(ConfigMixin):
 
     def _reset(self) -> None:
         """Forgets the run. Solvers with a history extend this."""
-        self.step_index = None
-        self.begin_index = None
+        self.step_index = self.begin_index = None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Makes the run begin at this position of the schedule (image-to-image starts part of the way)."""
         self.begin_index = begin_index
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
-        """Returns the position of a timestep in the schedule.
+        """Returns the position of a timestep in the schedule, or raises a ValueError if it is not there.
 
         Of a timestep that occurs more than once the second position counts (a run that begins there must not step twice),
         unless the schedule begins with it.
-
-        Raises:
-            ValueError: The schedule does not hold the timestep.
         """
         value = float(timestep)
         found = [i for i, t in enumerate(self._times) if abs(t - value) <= 1e-6 * max(1.0, abs(t))]
@@ -182,11 +177,10 @@ class SchedulerMixin(ConfigMixin):
             raise ValueError(f"the schedule of {len(self._times)} steps is at its end: call set_timesteps before the next run")
         return self.step_index
 
-    def _set_schedule(self, timesteps: np.ndarray | torch.Tensor, device: Device, dtype: torch.dtype) -> None:
+    def _set_schedule(self, timesteps: np.ndarray, device: Device, dtype: torch.dtype) -> None:
         """Takes over the timesteps of a run and forgets the last run."""
-        host = torch.as_tensor(np.ascontiguousarray(timesteps)).to(dtype)
-        self.timesteps = host.to(device)
-        self._times = host.tolist()
+        self.timesteps = torch.tensor(np.ascontiguousarray(timesteps), dtype=dtype)
+        self._times, self.timesteps = self.timesteps.tolist(), self.timesteps.to(device)
         self._reset()
 
     def _check_count(self, num_inference_steps: int | None) -> int:
@@ -262,8 +256,7 @@ class LevelScheduler(SchedulerMixin):
         ``timesteps`` says: inpainting brings the source to the level that the sample has reached.
 
         Args:
-            original_samples: ``(B, ...)``.
-            noise: Standard normal, as ``original_samples``.
+            original_samples, noise: ``(B, ...)``; the noise is standard normal.
             timesteps: Elements of the schedule, ``(B,)`` or ``(1,)``.
         """
         signal, spread = self._factors(timesteps, original_samples)

@@ -41,12 +41,7 @@ class DDPMScheduler(StepScheduler):
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[int] | None = None
     ) -> None:
-        """Lays out a run.
-
-        Args:
-            num_inference_steps: Number of steps.
-            device: Where ``timesteps`` will lie.
-            timesteps: Descending training steps, instead of ``num_inference_steps``.
+        """Lays out a run of so many steps, or of given, descending training steps; ``timesteps`` will lie on ``device``.
 
         Raises:
             ValueError: Both or neither were given, or the steps do not fit the training steps.

@@ -96,13 +96,9 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
         self, num_inference_steps: int | None = None, device: Device = None, mu: float | None = None,
         timesteps: list[int] | None = None,
     ) -> None:  # fmt: skip
-        """Lays out a run.
+        """Lays out a run of so many steps, or of given, whole training steps; ``timesteps`` will lie on ``device``.
 
-        Args:
-            num_inference_steps: Number of steps.
-            device: Where ``timesteps`` will lie.
-            mu: Logarithm of the flow shift, if the configuration says ``use_dynamic_shifting``.
-            timesteps: Whole training steps, instead of ``num_inference_steps``.
+        ``mu`` is the logarithm of the flow shift, if the configuration says ``use_dynamic_shifting``.
 
         Raises:
             ValueError: Not exactly one of the number and ``timesteps`` was given, or an argument does not fit the configuration.

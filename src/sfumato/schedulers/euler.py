@@ -25,21 +25,14 @@ class ExplodingScheduler(SigmaScheduler):
         return math.sqrt(largest**2 + 1) if self.config["timestep_spacing"] == "leading" else largest
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """Divides by ``sqrt(sigma ** 2 + 1)``, so that the network sees unit variance.
-
-        Args:
-            sample: ``(B, ...)``.
-            timestep: Of this step.
-        """
+        """Divides the sample at this timestep by ``sqrt(sigma ** 2 + 1)``, so that the network sees unit variance."""
         return sample / math.sqrt(self._sigmas[self._position(timestep)] ** 2 + 1)
 
     def _position(self, timestep: float | torch.Tensor | None) -> int:
         whole = not timestep.is_floating_point() if isinstance(timestep, torch.Tensor) else not isinstance(timestep, float)
         if whole:
-            raise ValueError(
-                f"timestep={timestep!r} is no float: {type(self).__name__} has fractional timesteps; pass elements of "
-                "scheduler.timesteps, not their positions"
-            )
+            remedy = "pass elements of scheduler.timesteps, not their positions"
+            raise ValueError(f"timestep={timestep!r} is no float: {type(self).__name__} has fractional timesteps; {remedy}")
         return super()._position(timestep)  # type: ignore[arg-type]
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
@@ -83,13 +76,7 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[float] | None = None,
         sigmas: list[float] | None = None,
     ) -> None:  # fmt: skip
-        """Lays out a run.
-
-        Args:
-            num_inference_steps: Number of steps.
-            device: Where ``timesteps`` will lie.
-            timesteps: Training steps, fractions allowed.
-            sigmas: Noise levels, with the level to end at.
+        """Lays out a run of so many steps, of given training steps (fractions allowed), or of sigmas with the level to end at.
 
         Raises:
             ValueError: Not exactly one of the three was given, or ``timesteps`` with a spacing of sigmas.
@@ -130,9 +117,8 @@ class EulerDiscreteScheduler(ExplodingScheduler):
 
         Args:
             model_output, timestep, sample, generator, return_dict: See :class:`SchedulerMixin`.
-            s_churn: Noise added per run before the steps; 0 is deterministic.
+            s_churn, s_noise: Noise added per run before the steps (0 is deterministic), and its factor.
             s_tmin, s_tmax: Range of sigmas with churn.
-            s_noise: Factor of the added noise.
         """
         i = self._position(timestep)
         sigma, x, churned = self._sigmas[i], wide(sample), self._sigmas[i]

@@ -34,12 +34,8 @@ def beta_table(schedule: str, steps: int, start: float, end: float, trained: Any
         schedule: ``linear`` (DDPM, arXiv:2006.11239), ``scaled_linear`` (linear in the square root, latent diffusion),
             ``squaredcos_cap_v2`` (arXiv:2102.09672 eq. 17, without ``start`` and ``end``) or ``sigmoid`` (GeoDiff).
         steps: Number of training steps.
-        start: First beta.
-        end: Last beta.
+        start, end: First and last beta.
         trained: Explicit betas, which replace the schedule.
-
-    Returns:
-        float32 ``(steps,)``.
 
     Raises:
         ConfigError: Unknown schedule, or fewer trained betas than steps.
@@ -73,9 +69,7 @@ def integer_steps(spacing: str, count: int, steps: int, offset: int = 0, extra: 
     Args:
         spacing: ``linspace`` (both ends), ``leading`` (multiples of a whole stride, plus ``offset``) or ``trailing`` (from the
             last step down, the stride may be fractional).
-        count: Number of stops.
-        steps: Number of training steps.
-        offset: Added to ``leading`` stops.
+        count, steps: Number of stops, and of training steps.
         extra: Lays out so many stops more and leaves out the cleanest (``linspace`` and ``leading``).
         top: Stops lie below this step (default ``steps``).
 
@@ -96,12 +90,8 @@ def integer_steps(spacing: str, count: int, steps: int, offset: int = 0, extra: 
 def sigma_ramp(name: str, high: float, low: float, count: int) -> np.ndarray:
     """Lays ``count`` sigmas from ``high`` down to ``low``.
 
-    Args:
-        name: ``karras`` (arXiv:2206.00364 eq. 5, rho 7), ``exponential`` (uniform in log sigma) or ``beta`` (quantiles of
-            Beta(0.6, 0.6), arXiv:2407.12173).
-        high: First sigma.
-        low: Last sigma.
-        count: Number of sigmas.
+    They are ``karras`` (arXiv:2206.00364 eq. 5, rho 7), ``exponential`` (uniform in log sigma) or ``beta`` (quantiles of
+    Beta(0.6, 0.6), arXiv:2407.12173).
     """
     if name == "exponential":
         return np.exp(np.linspace(math.log(high), math.log(low), count))

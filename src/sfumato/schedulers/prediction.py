@@ -16,21 +16,16 @@ from ..errors import ConfigError
 def denoised_coefficients(kind: str, alpha: float, sigma: float) -> tuple[float, float]:
     """Returns ``(a, b)`` with ``x0 = a * x + b * output``.
 
-    Args:
-        kind: ``epsilon`` (the noise), ``sample`` or ``original_sample`` (``x0``), ``flow_prediction`` (``noise - x0``,
-            arXiv:2210.02747) or ``v_prediction`` (``alpha * noise - sigma * x0`` at unit variance, arXiv:2202.00512).
-        alpha: Factor of the signal.
-        sigma: Factor of the noise.
+    The output is ``epsilon`` (the noise), ``sample`` or ``original_sample`` (``x0``), ``flow_prediction`` (``noise - x0``,
+    arXiv:2210.02747) or ``v_prediction`` (``alpha * noise - sigma * x0`` at unit variance, arXiv:2202.00512).
 
     Raises:
         ConfigError: ``epsilon`` at zero signal, where the noise says nothing about ``x0``.
     """
     if kind == "epsilon":
         if alpha == 0:
-            raise ConfigError(
-                "prediction_type='epsilon' is undefined at zero signal-to-noise ratio: a model trained with rescale_betas_zero_snr "
-                "predicts 'v_prediction' or 'sample'; set that prediction_type, or rescale_betas_zero_snr=False"
-            )
+            remedy = "the model predicts 'v_prediction' or 'sample': set that prediction_type, or rescale_betas_zero_snr=False"
+            raise ConfigError(f"prediction_type='epsilon' is undefined at zero signal-to-noise ratio; {remedy}")
         return 1 / alpha, -sigma / alpha
     if kind == "v_prediction":
         variance = alpha**2 + sigma**2
@@ -57,24 +52,13 @@ def mix(weights: tuple[float, float], x: torch.Tensor, y: torch.Tensor) -> torch
 
 
 def dynamic_threshold(x0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
-    """Divides each sample by a high quantile of its magnitudes, between 1 and ``max_value`` (Imagen, arXiv:2205.11487 section 2.3).
-
-    Args:
-        x0: ``(B, ...)``.
-        ratio: Which quantile, in 0..1.
-        max_value: Largest divisor.
-    """
+    """Clips and divides each sample by its magnitudes' quantile ``ratio``, in 1..``max_value`` (Imagen, arXiv:2205.11487 2.3)."""
     limit = torch.quantile(x0.flatten(1).abs(), ratio, dim=1).clamp(1, max_value).view(-1, *[1] * (x0.ndim - 1))
     return x0.clamp(-limit, limit) / limit
 
 
 def split_variance(output: torch.Tensor, channels: int, variance_type: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Separates the prediction from the variance that a network with learned variance appends to it.
-
-    Args:
-        output: ``(B, channels, ...)``, or ``(B, 2 * channels, ...)`` with a learned variance.
-        channels: Channels of the sample.
-        variance_type: ``learned`` and ``learned_range`` announce an appended variance.
+    """Separates the prediction from the variance that a network with learned variance appends to it in as many channels.
 
     Raises:
         ValueError: The channels do not fit ``variance_type``.
@@ -83,7 +67,5 @@ def split_variance(output: torch.Tensor, channels: int, variance_type: str | Non
         return output, None
     if output.shape[1] == 2 * channels and variance_type in ("learned", "learned_range"):
         return output[:, :channels], output[:, channels:]
-    raise ValueError(
-        f"model_output has {output.shape[1]} channels for a sample of {channels} with variance_type={variance_type!r}; a network "
-        "that predicts its variance too needs variance_type='learned_range', or its model_output cut in half"
-    )
+    found = f"model_output has {output.shape[1]} channels for a sample of {channels} with variance_type={variance_type!r}"
+    raise ValueError(f"{found}; if half of them are a variance, set variance_type='learned_range' or cut model_output in half")
