@@ -108,15 +108,9 @@ class VaeImageProcessor(ConfigMixin):
 
     @staticmethod
     def get_crop_region(mask_image: Image.Image, width: int, height: int, pad: int = 0) -> Box:
-        """Finds the box around a mask that has the shape of the wanted picture, as far as the picture allows.
+        """Finds the box (left, top, right, bottom) around the part of a mask that is not black, with a margin of ``pad``.
 
-        Args:
-            mask_image: The mask; what is not black counts.
-            width, height: Size of the picture that the box will be resized to.
-            pad: Margin around the masked part.
-
-        Returns:
-            Left, top, right, bottom.
+        It has the shape of ``width`` x ``height``, to which it will be resized, as far as the picture allows.
 
         Raises:
             ValueError: The mask is all black.
@@ -138,7 +132,7 @@ class VaeImageProcessor(ConfigMixin):
 
         Args:
             image: A PIL picture, an array ``(B, H, W, C)`` or a tensor ``(B, C, H, W)``.
-            height, width: In pixels.
+            height, width: Of the result.
             resize_mode: ``"default"`` stretches; for PIL pictures also ``"fill"`` (fit inside, the borders continue the edge) and
                 ``"crop"`` (cover, cut what exceeds).
 
@@ -178,19 +172,15 @@ class VaeImageProcessor(ConfigMixin):
     def get_default_height_width(self, image: Picture, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Returns the wanted or else the picture's height and width, rounded down to multiples of ``vae_scale_factor``.
 
-        Args:
-            image: A PIL picture, an array ``(H, W)``, ``(H, W, C)`` or ``(B, H, W, C)``, or a tensor ``(..., H, W)``.
-            height, width: What is wanted.
+        The picture is PIL, an array ``(H, W)``, ``(H, W, C)`` or ``(B, H, W, C)``, or a tensor ``(..., H, W)``.
 
         Raises:
             ValueError: Nothing would be left.
         """
         if isinstance(image, Image.Image):
-            own = image.size[::-1]
-        elif isinstance(image, torch.Tensor):
-            own = tuple(image.shape[-2:])
+            own = (image.height, image.width)
         else:
-            own = image.shape[:2] if image.ndim < 4 else image.shape[1:3]
+            own = tuple(image.shape[-2:] if isinstance(image, torch.Tensor) else image.shape[image.ndim // 4 :][:2])
         factor = self.config.vae_scale_factor
         high, wide = (given if given is not None else size for given, size in zip((height, width), own, strict=True))
         if high < factor or wide < factor:
@@ -303,13 +293,11 @@ class VaeImageProcessor(ConfigMixin):
     def apply_overlay(
         self, mask: Image.Image, init_image: Image.Image, image: Image.Image, crop_coords: Box | None = None
     ) -> Image.Image:
-        """Lays the unmasked part of the first picture over the result.
+        """Lays ``init_image`` over the result where the mask is not white.
 
         Args:
-            mask: White where the result shows; of the size of ``init_image``.
-            init_image: The first picture.
-            image: The result; with ``crop_coords`` of any size, otherwise of the size of ``init_image``.
-            crop_coords: Box of ``init_image`` that the result belongs to.
+            mask, init_image: Of one size.
+            image: The result, of that size too, unless ``crop_coords`` is the box of ``init_image`` that it belongs to.
 
         Raises:
             ValueError: The sizes do not fit.

@@ -184,13 +184,10 @@ class SchedulerMixin(ConfigMixin):
         self._reset()
 
     def _check_count(self, num_inference_steps: int | None) -> int:
-        """Returns a valid number of steps, or raises a ValueError (below 1) or a TypeError (no whole number)."""
-        if num_inference_steps is None:
-            raise ValueError("num_inference_steps is missing: pass the number of steps")
-        count = operator.index(num_inference_steps)
-        if count < 1:
-            raise ValueError(f"num_inference_steps={count}, expected at least 1")
-        return count
+        """Returns a valid number of steps, or raises a ValueError (none, below 1) or a TypeError (no whole number)."""
+        if num_inference_steps is None or operator.index(num_inference_steps) < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps}, expected at least 1")
+        return operator.index(num_inference_steps)
 
     def _count(self) -> int:
         """Returns the number of steps of the run, or raises a ValueError where there is none."""
@@ -206,7 +203,7 @@ class SchedulerMixin(ConfigMixin):
             self.betas = rescale_zero_terminal_snr(self.betas)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = self.alphas.cumprod(0)
-        if floor and self.alphas_cumprod[-1] == 0:
+        if self.alphas_cumprod[-1] == 0:
             self.alphas_cumprod[-1] = floor
         return self.alphas_cumprod
 
@@ -245,7 +242,7 @@ class LevelScheduler(SchedulerMixin):
         raise NotImplementedError
 
     def _factors(self, timesteps: torch.Tensor, sample: torch.Tensor) -> list[torch.Tensor]:
-        """Returns the factors of signal and noise at ``timesteps`` as ``(B, 1, 1, ...)``, ready to multiply ``sample``."""
+        """Returns the same factors as ``(B, 1, 1, ...)``, ready to multiply ``sample``."""
         shape, dtype = (-1, *[1] * (sample.ndim - 1)), torch.promote_types(sample.dtype, torch.float32)
         return [factor.to(sample.device, dtype).view(shape) for factor in self._levels(timesteps)]
 
@@ -271,7 +268,7 @@ class LevelScheduler(SchedulerMixin):
 class StepScheduler(LevelScheduler):
     """Base of the solvers that know a noise level by its training step."""
 
-    predictions = ("epsilon", "sample", "v_prediction")
+    predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction")
 
     def _build(self) -> None:
         super()._build()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -218,7 +219,7 @@ class PNDMScheduler(StepScheduler):
         slope = sum(w * h for w, h in zip(weights, self._history, strict=True))
         return self._transfer(slope, x, t, t - stride)
 
-    def _transfer(self, output: torch.Tensor, x: torch.Tensor, t: int, to: int) -> torch.Tensor:
+    def _transfer(self, output: Any, x: torch.Tensor, t: int, to: int) -> torch.Tensor:
         """Moves ``x`` from training step ``t`` to step ``to`` along the predicted noise (eq. 11, which is DDIM's transfer)."""
         here, there = self._alpha_bar[t], self._alpha_bar_at(to)
         if self.config["prediction_type"] == "v_prediction":

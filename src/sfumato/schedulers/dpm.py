@@ -154,11 +154,10 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
     def _convert(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
         """Returns what the solver extrapolates: the denoised sample, or the noise."""
         alpha, sigma = self._signal_noise(self._sigmas[i])
-        if self._on_denoised:
-            return self._denoise(output, x, alpha, sigma)
-        if self._thresholds:
-            return mix(noise_coefficients("sample", alpha, sigma), x, self._denoise(output, x, alpha, sigma))
-        return mix(noise_coefficients(self.config["prediction_type"], alpha, sigma), x, output)
+        if not self._on_denoised and not self._thresholds:
+            return mix(noise_coefficients(self.config["prediction_type"], alpha, sigma), x, output)
+        x0 = self._denoise(output, x, alpha, sigma)
+        return x0 if self._on_denoised else mix(noise_coefficients("sample", alpha, sigma), x, x0)
 
     def _order_at(self, i: int, count: int) -> int:
         """Returns the order of a step: as many outputs as there are, fewer at the end of short runs."""
