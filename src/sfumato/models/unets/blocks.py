@@ -173,9 +173,7 @@ def _attention(
         )
     head_dim = level.head_dim or channels
     if kind == "k":
-        return KAttentionBlock(
-            channels, head_dim, level.cross_attention_dim, shared.temb_channels, k_self_attention, shared.cross_attention_norm
-        )
+        return KAttentionBlock(channels, head_dim, level.cross_attention_dim, shared.temb_channels, k_self_attention)
     return Attention(
         channels,
         heads=channels // head_dim,
@@ -226,12 +224,7 @@ class _Block(nn.Module):
     carries_picture = False
 
     def __init__(
-        self,
-        kind: Kind,
-        shared: Shared,
-        level: Level,
-        channels: Iterable[tuple[int, int, int]],
-        k_self_attention: bool = False,
+        self, kind: Kind, shared: Shared, level: Level, channels: Iterable[tuple[int, int, int]], k_self_attention: bool = False
     ) -> None:
         """``channels`` holds for each layer the channels in, between its convolutions, and out."""
         super().__init__()

@@ -11,9 +11,10 @@ from torch import nn
 
 from ...errors import ConfigError
 from ..layers.attention import additive_mask
+from ..layers.conv import pixels_last
 from ..layers.embeddings import ImageTimeEmbedding
 from ..layers.resnet import activation
-from .base import UNet2DConditionOutput, check_choice, per_level, pixels_last, shared_options, time_tensor
+from .base import UNet2DConditionOutput, check_choice, per_level, shared_options, time_tensor
 from .blocks import Conditions, Level, MidBlock, Shared
 from .conditioning import ConditionedUNet
 
@@ -70,7 +71,7 @@ class UNet2DConditionModel(ConditionedUNet):
         attention_type: Must be ``"default"``.
         class_embeddings_concat: Concatenate the class embedding to the time embedding instead of adding it.
         mid_block_only_cross_attention: ``only_cross_attention`` of the middle.
-        cross_attention_norm: Normalisation of the tokens in ``Simple`` and ``K`` blocks: ``"layer_norm"`` or ``"group_norm"``.
+        cross_attention_norm: Normalisation of the tokens in ``Simple`` blocks: ``"layer_norm"`` or ``"group_norm"``.
         addition_embed_type_num_heads: Heads of the pooling with ``"text"``.
 
     Raises:
