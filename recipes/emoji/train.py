@@ -42,20 +42,11 @@ def names(text: str) -> frozenset[str]:
 
 CONCEPTS = names(
     """
-    red apple, green apple, strawberry, banana, cherries, lemon, tangerine, pear, peach, grapes, pineapple, kiwi fruit,
-    coconut, watermelon, tomato, eggplant, avocado, carrot, ear of corn, hot pepper, mushroom, broccoli, bread, croissant,
-    cheese wedge, pizza, hamburger, french fries, hot dog, taco, cooking, egg, doughnut, cookie, birthday cake, shortcake,
-    cupcake, lollipop, ice cream, soft ice cream, chocolate bar, hot beverage, beer mug, wine glass, red heart, orange
-    heart, yellow heart, green heart, blue heart, purple heart, black heart, broken heart, sparkling heart, heart with
-    arrow, grinning face, grinning face with big eyes, smiling face with smiling eyes, smiling face with heart-eyes, smiling
-    face with sunglasses, winking face, face blowing a kiss, crying face, loudly crying face, angry face, sleeping face,
-    thinking face, nauseated face, neutral face, cowboy hat face, skull, ghost, alien, robot, pile of poo, cat face,
-    grinning cat, dog face, panda, pig face, frog, lion, tiger face, bear, koala, monkey face, rabbit face, fox, cow face,
-    mouse face, unicorn, octopus, tropical fish, fish, whale, dolphin, turtle, snail, lady beetle, butterfly, honeybee,
-    spider, hatching chick, penguin, owl, rose, sunflower, tulip, cactus, evergreen tree, palm tree, four leaf clover, maple
-    leaf, rocket, flying saucer, sun, full moon, crescent moon, star, cloud, rainbow, fire, droplet, snowflake, snowman
-    without snow, umbrella, high voltage, soccer ball, basketball, trophy, crown, gem stone, light bulb, house, automobile,
-    bus, bicycle, airplane, sailboat, balloon, wrapped gift, bell, key, book, pencil, guitar, bomb
+    red apple, green apple, strawberry, banana, cherries, lemon, watermelon, pizza, hamburger, doughnut, carrot, mushroom,
+    avocado, birthday cake, cookie, red heart, orange heart, yellow heart, green heart, blue heart, purple heart, broken
+    heart, grinning face, crying face, angry face, smiling face with heart-eyes, smiling face with sunglasses, winking face,
+    cat face, grinning cat, dog face, panda, pig face, frog, octopus, tropical fish, lady beetle, butterfly, turtle, rocket,
+    sun, star, soccer ball, fire, rainbow, cloud, crown, light bulb, house, automobile
     """
 )
 """What the model learns. Few concepts learned well beat many learned badly: this is an hour and a half of one core."""
