@@ -66,11 +66,7 @@ class MaskConditionDecoder(Decoder):
         self.condition_encoder = MaskConditionEncoder(out_channels, block_out_channels)
 
     def forward(  # type: ignore[override]
-        self,
-        z: torch.Tensor,
-        image: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        run: RunBlock = call_block,
+        self, z: torch.Tensor, image: torch.Tensor | None = None, mask: torch.Tensor | None = None, run: RunBlock = call_block
     ) -> torch.Tensor:
         """``z`` (B, L, h, w), ``image`` (B, C, H, W), ``mask`` (B, 1, H, W) -> (B, C, H, W)."""
         if image is None or mask is None:
@@ -134,22 +130,10 @@ class AsymmetricAutoencoderKL(ModelMixin):
     ) -> None:
         super().__init__()
         self.encoder = Encoder(
-            in_channels,
-            latent_channels,
-            down_block_types,
-            down_block_out_channels,
-            layers_per_down_block,
-            norm_num_groups,
-            act_fn,
+            in_channels, latent_channels, down_block_types, down_block_out_channels, layers_per_down_block, norm_num_groups, act_fn
         )
         self.decoder = MaskConditionDecoder(
-            latent_channels,
-            out_channels,
-            up_block_types,
-            up_block_out_channels,
-            layers_per_up_block,
-            norm_num_groups,
-            act_fn,
+            latent_channels, out_channels, up_block_types, up_block_out_channels, layers_per_up_block, norm_num_groups, act_fn
         )
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)

@@ -162,11 +162,7 @@ class AutoencoderKL(ModelMixin, TilingMixin):
         return DecoderOutput(sample) if return_dict else (sample,)
 
     def forward(
-        self,
-        sample: torch.Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: Generators = None,
+        self, sample: torch.Tensor, sample_posterior: bool = False, return_dict: bool = True, generator: Generators = None
     ) -> DecoderOutput | tuple[torch.Tensor]:
         """Encodes and decodes.
 

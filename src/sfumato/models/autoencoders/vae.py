@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..layers.attention import Attention
+from ..layers.conv import pixels_last
 from ..layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, activate, activation
 
 RunBlock = Callable[..., torch.Tensor]
@@ -204,7 +205,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: torch.Tensor, run: RunBlock = call_block) -> torch.Tensor:
         """``(B, C, H, W)`` -> ``(B, L, h, w)``, or ``2L`` channels."""
-        x = self.conv_in(x)
+        x = self.conv_in(pixels_last(x))
         for block in self.down_blocks:
             x = run(block, x)
         x = run(self.mid_block, x)
@@ -258,7 +259,7 @@ class Decoder(nn.Module):
 
     def forward(self, x: torch.Tensor, *latents: torch.Tensor, run: RunBlock = call_block) -> torch.Tensor:
         """``(B, L, h, w)`` -> ``(B, C, H, W)``; ``latents`` are given where they normalise."""
-        x = run(self.mid_block, self.conv_in(x), *latents)
+        x = run(self.mid_block, self.conv_in(pixels_last(x)), *latents)
         for block in self.up_blocks:
             x = run(block, x, *latents)
         return self.conv_out(activate(self.conv_act, self.conv_norm_out(x, *latents)))

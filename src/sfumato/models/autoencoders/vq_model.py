@@ -151,11 +151,7 @@ class VQModel(ModelMixin):
         return VQEncoderOutput(latents) if return_dict else (latents,)
 
     def decode(
-        self,
-        h: torch.Tensor,
-        force_not_quantize: bool = False,
-        return_dict: bool = True,
-        shape: Sequence[int] | None = None,
+        self, h: torch.Tensor, force_not_quantize: bool = False, return_dict: bool = True, shape: Sequence[int] | None = None
     ) -> DecoderOutput | tuple[torch.Tensor, torch.Tensor]:
         """Quantises and decodes latents.
 

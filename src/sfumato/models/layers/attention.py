@@ -122,10 +122,7 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(*output, nn.Dropout(dropout)) if dropout else nn.Sequential(*output)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        self, x: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attends.
 

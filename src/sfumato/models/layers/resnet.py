@@ -6,13 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "silu": nn.SiLU,
-    "swish": nn.SiLU,
-    "mish": nn.Mish,
-    "gelu": nn.GELU,
-    "relu": nn.ReLU,
-}
+from .conv import Conv2d
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "swish": nn.SiLU, "mish": nn.Mish, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
 def activation(name: str) -> nn.Module:
@@ -50,7 +46,7 @@ class Upsample2D(nn.Module):
 
     def __init__(self, channels: int, out_channels: int | None = None, use_conv: bool = True) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else None
+        self.conv = Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else None
 
     def forward(self, x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """``(B, C, H, W)`` -> ``(B, C', 2H, 2W)``, or to ``size``."""
@@ -71,7 +67,7 @@ class Downsample2D(nn.Module):
     def __init__(self, channels: int, out_channels: int | None = None, use_conv: bool = True, padding: int = 1) -> None:
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, out_channels or channels, 3, stride=2, padding=padding) if use_conv else None
+        self.conv = Conv2d(channels, out_channels or channels, 3, stride=2, padding=padding) if use_conv else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, C, H, W)`` -> ``(B, C', H/2, W/2)``."""
@@ -124,12 +120,12 @@ class ResnetBlock2D(nn.Module):
         self.output_scale_factor = output_scale_factor
         self.skip_time_act = skip_time_act
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         if temb_channels is not None:
             self.time_emb_proj = nn.Linear(temb_channels, out_channels * (2 if self.scale_shift else 1))
         self.norm2 = nn.GroupNorm(groups_out or groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.nonlinearity = activation(act)
         self.resample: nn.Module | None = None
         if up:

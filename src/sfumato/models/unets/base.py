@@ -75,11 +75,6 @@ def time_tensor(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> t
     return times.expand(sample.shape[0])
 
 
-def pixels_last(sample: torch.Tensor) -> torch.Tensor:
-    """Lays a sample out for speed: on CPU channels-last, which saves attention and resampling their copies."""
-    return sample.contiguous(memory_format=torch.channels_last) if sample.device.type == "cpu" else sample
-
-
 class UNetBase(ModelMixin):
     """Down blocks, a middle block, up blocks, and the convolutions around them."""
 

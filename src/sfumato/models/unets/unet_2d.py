@@ -7,9 +7,10 @@ from torch import nn
 
 from ...errors import ConfigError
 from ..layers.attention import upgrade_attention_names
+from ..layers.conv import pixels_last
 from ..layers.embeddings import GaussianFourierProjection, TimestepEmbedding, sinusoids
 from ..layers.resnet import activation
-from .base import UNet2DOutput, UNetBase, check_choice, per_level, pixels_last, shared_options, time_tensor
+from .base import UNet2DOutput, UNetBase, check_choice, per_level, shared_options, time_tensor
 from .blocks import Conditions, Level, MidBlock
 from .skip_blocks import SkipDownBlock, SkipUpBlock
 
