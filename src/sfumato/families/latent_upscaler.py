@@ -16,6 +16,7 @@ from ..pipelines.guidance import ClassifierFreeGuidance
 from ..pipelines.run import Run
 from ..pipelines.tasks import Task, encode_pictures
 from ..pipelines.text import encode_clip_pooled
+from ..schedulers.euler import ExplodingScheduler
 from .stable_diffusion import StableDiffusion, check_generators, negative_texts, prompt_count
 
 NOISE_LEVEL_WIDTH = 128
@@ -67,8 +68,9 @@ class StableDiffusionLatentUpscalePipeline(
         args = run.args
         if (args.prompt_embeds is None) != (args.pooled_prompt_embeds is None):
             raise ValueError("prompt_embeds and pooled_prompt_embeds belong together: pass both or neither")
-        if not hasattr(self.scheduler, "sigmas"):
-            raise ValueError(f"the latent upscaler needs a scheduler with noise levels, not {type(self.scheduler).__name__}")
+        if not isinstance(self.scheduler, ExplodingScheduler):
+            name = type(self.scheduler).__name__
+            raise ValueError(f"the latent upscaler works on noise levels, as EulerDiscreteScheduler does, not {name}")
 
     def condition(self, run: Run) -> None:
         args = run.args
