@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import enum
+import math
 import operator
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 from ..config import ConfigMixin, read_json
 from ..errors import ConfigError
 from ..outputs import BaseOutput
-from .noise import ZERO_SNR_FLOOR, beta_table, integer_steps, one_of, rescale_zero_terminal_snr
+from .noise import beta_table, integer_steps, one_of, rescale_zero_terminal_snr
 from .prediction import denoised_coefficients, dynamic_threshold, mix
 
 Betas = np.ndarray | list[float] | None
@@ -128,9 +128,7 @@ class SchedulerMixin(ConfigMixin):
         source = Source(pretrained_model_name_or_path, revision, token, cache_dir, local_files_only, force_download)
         return cls.from_config(read_json(source.file(cls.config_name, subfolder or "")), **overrides)
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Writes ``scheduler_config.json`` into ``save_directory``."""
-        self.save_config(save_directory)
+    save_pretrained = ConfigMixin.save_config
 
     @property
     def compatibles(self) -> list[type[SchedulerMixin]]:
@@ -160,7 +158,7 @@ class SchedulerMixin(ConfigMixin):
         unless the schedule begins with it.
         """
         value = float(timestep)
-        found = [i for i, t in enumerate(self._times) if abs(t - value) <= 1e-6 * max(1.0, abs(t))]
+        found = [i for i, t in enumerate(self._times) if math.isclose(t, value, rel_tol=1e-6, abs_tol=1e-6)]
         if not found:
             raise self._no_such(value)
         return found[1] if found[0] > 0 and len(found) > 1 else found[0]
@@ -326,7 +324,7 @@ class SigmaScheduler(LevelScheduler):
         if len(ramps) > 1:
             raise ConfigError(f"use_{ramps[0]}_sigmas and use_{ramps[1]}_sigmas exclude each other: set only one of them to True")
         self._ramp = ramps[0] if ramps else None
-        alpha_bar = self._alpha_bar_table(ZERO_SNR_FLOOR)
+        alpha_bar = self._alpha_bar_table(floor=2.0**-24)  # zero signal, too, needs a finite sigma: 4096
         self._table = ((1 - alpha_bar) / alpha_bar).sqrt().numpy()  # float32 (training steps,), ascending
         self._bounds = float(self._table[-1]), float(self._table[0])
         self._final_sigma = self._bounds[1] if self._own("final_sigmas_type", "zero") == "sigma_min" else 0.0

@@ -26,7 +26,7 @@ class ExplodingScheduler(SigmaScheduler):
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """Divides the sample at this timestep by ``sqrt(sigma ** 2 + 1)``, so that the network sees unit variance."""
-        return sample / math.sqrt(self._sigmas[self._position(timestep)] ** 2 + 1)
+        return sample * (1 / math.sqrt(self._sigmas[self._position(timestep)] ** 2 + 1))
 
     def _position(self, timestep: float | torch.Tensor | None) -> int:
         whole = not timestep.is_floating_point() if isinstance(timestep, torch.Tensor) else not isinstance(timestep, float)

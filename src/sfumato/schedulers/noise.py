@@ -14,9 +14,6 @@ import torch
 
 from ..errors import ConfigError, did_you_mean
 
-ZERO_SNR_FLOOR = 2.0**-24
-"""Stands for ``alpha_bar = 0`` where a finite sigma is needed (sigma = 4096)."""
-
 
 def one_of(key: str, value: Any, *allowed: Any) -> None:
     """Raises a :class:`ConfigError` that names ``key`` unless ``value`` is allowed."""
