@@ -37,11 +37,13 @@ class ModelMixin(nn.Module, ConfigMixin):
     A network keeps no buffers that are not in its checkpoint: constants are computed in ``forward``.
 
     Class attributes:
+        weights_name: File of the weights in a folder.
         keep_in_fp32: Parts of parameter names that stay float32 whatever dtype is asked for.
         ignorable_keys: Parts of names of checkpoint tensors that hold no information (old position ids, say).
     """
 
     config_name: ClassVar[str] = "config.json"
+    weights_name: ClassVar[str] = weights.WEIGHTS_NAME
     keep_in_fp32: ClassVar[tuple[str, ...]] = ()
     ignorable_keys: ClassVar[tuple[str, ...]] = ()
     is_gradient_checkpointing: bool = False
@@ -94,7 +96,7 @@ class ModelMixin(nn.Module, ConfigMixin):
         source = Source(pretrained_model_name_or_path, revision, token, cache_dir, local_files_only, force_download)
         dtype = checked_dtype(dtype, torch_dtype)
         device = single_device(device_map)
-        folder = source.fetch([cls.config_name, *weights.weight_patterns(variant, weights.WEIGHTS_NAME)], subfolder or "")
+        folder = source.fetch([cls.config_name, *weights.weight_patterns(variant, cls.weights_name)], subfolder or "")
         return cls.from_folder(folder, variant, dtype or torch.float32, device, **config_overrides)
 
     @classmethod
@@ -116,13 +118,18 @@ class ModelMixin(nn.Module, ConfigMixin):
             raise ConfigError(f"{path} describes a {written_by}, not a {cls.__name__}: load it with sfumato.{written_by}")
         model = weights.build_on_meta(cls, config, **config_overrides)
         model.register_to_config(_name_or_path=str(folder))
-        tensors = weights.read_tensors(weights.find_weight_files(folder, variant), torch.device(device))
+        tensors = weights.read_tensors(weights.find_weight_files(folder, variant, cls.weights_name), torch.device(device))
         weights.assign(model, cls.upgrade_state_dict(tensors), dtype, folder)
         return model.eval()
 
     @classmethod
     def upgrade_state_dict(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Renames parameters of older checkpoints of the same format. The default changes nothing."""
+        """Renames the parameters of a file to ours. The default changes nothing."""
+        return tensors
+
+    @classmethod
+    def downgrade_state_dict(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Renames our parameters to those of the file that is written. The default changes nothing."""
         return tensors
 
     def save_pretrained(
@@ -147,7 +154,8 @@ class ModelMixin(nn.Module, ConfigMixin):
         if folder.is_file():
             raise NotADirectoryError(f"save_directory={str(folder)!r} is a file; pass a folder")
         folder.mkdir(parents=True, exist_ok=True)
-        weights.save_tensors(self.state_dict(), folder, variant=variant, max_shard_size=max_shard_size)
+        tensors = self.downgrade_state_dict(dict(self.state_dict()))
+        weights.save_tensors(tensors, folder, self.weights_name, variant, max_shard_size)
         self.save_config(folder)
 
     @property
