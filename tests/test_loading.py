@@ -284,12 +284,14 @@ def test_foreign_classes_are_not_imported(folder: Path, tmp_path: Path, entry: l
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
-def test_kernels_from_the_hub_are_refused(folder: Path, key: str) -> None:
-    edit(folder / "text_encoder" / "config.json", text_config={key: "evil/kernel"})
+def test_kernels_from_the_hub_are_refused(checkpoint: Checkpoint, key: str, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint("StableDiffusionImageVariationPipeline")[0], folder)
+    edit(folder / "image_encoder" / "config.json", vision_config={key: "evil/kernel"})
     with pytest.raises(
         sfumato.ConfigError, match=rf"config.json asks for code from the hub, {key}='evil/kernel', .*remove the key"
     ):
-        load(folder)
+        sfumato.DiffusionPipeline.from_pretrained(folder)
 
 
 def test_missing_model_index(folder: Path) -> None:
@@ -358,7 +360,7 @@ def test_text_encoder_with_a_missing_parameter_is_not_made_up(folder: Path) -> N
     del tensors[lost]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(
-        sfumato.WeightsError, match=r"text_encoder lacks 1 parameters of CLIPTextModel, such as .*layer_norm1.weight"
+        sfumato.WeightsError, match=r"text_encoder does not fit CLIPTextModel: 1 missing .*layer_norm1.weight"
     ):
         load(folder)
 

@@ -20,6 +20,7 @@ _MODULES: dict[str, str] = {
     "models.autoencoders.vq_model": "VQModel",
     "models.autoencoders.outputs": "AutoencoderKLOutput AutoencoderTinyOutput VQEncoderOutput DecoderOutput",
     "models.autoencoders.distribution": "DiagonalGaussianDistribution",
+    "models.text_encoders.clip": "CLIPTextModel",
     "models.safety_checker": "StableDiffusionSafetyChecker",
     "schedulers.base": "SchedulerMixin SchedulerOutput KarrasDiffusionSchedulers",
     "schedulers.discrete": "DDPMScheduler DDIMScheduler PNDMScheduler",
@@ -38,7 +39,7 @@ _MODULES: dict[str, str] = {
 
 PUBLIC: dict[str, str] = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-FORMAT_LIBRARY: dict[str, str] = {"StableDiffusionSafetyChecker": "stable_diffusion"}
+FORMAT_LIBRARY: dict[str, str] = {"StableDiffusionSafetyChecker": "stable_diffusion", "CLIPTextModel": "transformers"}
 """Classes that the checkpoint format files under another name than "diffusers"."""
 
 

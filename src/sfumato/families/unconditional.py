@@ -1,6 +1,6 @@
-"""Denoisers without text: DDPM (arXiv:2006.11239) and DDIM (arXiv:2010.02502) in pixels, and latent super-resolution (arXiv:2112.10752).
+"""Denoisers without text: DDPM (arXiv:2006.11239), DDIM (arXiv:2010.02502), and latent super-resolution (arXiv:2112.10752).
 
-Quirk: super-resolution feeds its quantising autoencoder unscaled latents.
+Quirks: super-resolution feeds its quantising autoencoder unscaled latents, and scales the small picture as it scales the latents.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..outputs import ImagePipelineOutput
 from ..pipelines.base import DiffusionPipeline
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.run import Run
-from ..pipelines.tasks import Task
+from ..pipelines.tasks import Task, check_count
 from .stable_diffusion import check_generators
 
 EXTRA = "callback callback_steps callback_on_step_end callback_on_step_end_tensor_inputs latents"
@@ -43,8 +43,7 @@ class Unconditional(DiffusionPipeline):
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def condition(self, run: Run) -> None:
-        if not isinstance(run.args.batch_size, int) or run.args.batch_size < 1:
-            raise ValueError(f"batch_size={run.args.batch_size!r} must be a whole number of at least 1")
+        check_count(run.args, "batch_size")
         run.batch = run.args.batch_size
         check_generators(run)
 
@@ -106,23 +105,18 @@ class LatentSuperResolution(PixelTask):
     """The small picture is an extra channel group beside latents of the same size."""
 
     name = "super-resolution"
-
-    def check(self, run: Run) -> None:
-        super().check(run)
-        if run.args.image is None:
-            raise ValueError("image=None: super-resolution needs a picture")
+    scales_channels = True  # the scheduler's input scaling reaches the small picture too
+    needs_image = "super-resolution needs a picture"
 
     def prepare(self, run: Run) -> None:
-        pipe = run.pipe
-        image = run.args.image
+        pipe, image = run.pipe, run.args.image
         if not isinstance(image, torch.Tensor):  # a tensor is taken as it is, in -1..1
             image = pipe.image_processor.preprocess(image)
         image = image.to(run.device, pipe.compute_dtype)
         if len(image) != run.batch:
             raise ValueError(f"{len(image)} pictures given for batch_size={run.batch}")
-        channels = pipe.unet.config.in_channels // 2
-        noise = self.noise_of_shape(run, (run.batch, channels, *image.shape[-2:]))
-        run.latents = noise * run.scheduler.init_noise_sigma
+        shape = (run.batch, pipe.unet.config.in_channels // 2, *image.shape[-2:])
+        run.latents = self.noise_of_shape(run, shape) * run.scheduler.init_noise_sigma
         run.channels = image
 
 
@@ -142,9 +136,8 @@ class LDMSuperResolutionPipeline(
         return VaeImageProcessor(vae_scale_factor=32, resample="lanczos")
 
     def condition(self, run: Run) -> None:
-        image = run.args.image
-        if isinstance(image, torch.Tensor):
-            run.args.batch_size = len(image)
+        if isinstance(run.args.image, torch.Tensor):
+            run.args.batch_size = len(run.args.image)
         super().condition(run)
 
     def to_pixels(self, latents: torch.Tensor) -> torch.Tensor:

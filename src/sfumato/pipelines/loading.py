@@ -33,16 +33,13 @@ def dtypes(dtype: Any, torch_dtype: Any) -> dict[str, torch.dtype]:
 
 
 def pipeline_class(index: dict[str, Any]) -> type:
-    """Returns the public pipeline class that a ``model_index.json`` names.
-
-    Raises:
-        ConfigError: It names none, or one that is not offered.
-    """
+    """Returns the public pipeline class that a ``model_index.json`` names."""
     name = index.get("_class_name")
     if not isinstance(name, str):
         raise ConfigError("model_index.json lacks '_class_name': is this a pipeline folder?")
-    if not registry.PUBLIC.get(name, "").startswith("families."):
-        near = did_you_mean(name, [n for n, module in registry.PUBLIC.items() if module.startswith("families.")])
+    offered = [n for n, module in registry.PUBLIC.items() if module.startswith("families.")]
+    if name not in offered:
+        near = did_you_mean(name, offered)
         raise ConfigError(f"model_index.json asks for {name!r}, which is no pipeline offered here{near}")
     return registry.load(name)
 
@@ -57,27 +54,18 @@ class LoadRequest:
     device: Any
 
     def read_index(self, filename: str) -> dict[str, Any]:
-        """Reads ``model_index.json``.
-
-        Raises:
-            HubError: There is none.
-        """
+        """Reads ``model_index.json``."""
         try:
             return read_json(self.source.file(filename))
         except HubError as error:
-            folder = Path(self.source.name)
-            if folder.is_dir() and (folder / "config.json").is_file():
-                raise HubError(
-                    f"{folder} holds a single network (config.json), no pipeline: load it with its own class, or pass the parent"
-                ) from error
+            folder = self.source.name
+            if (Path(folder) / "config.json").is_file():
+                remedy = "load it with its own class, or pass the parent"
+                raise HubError(f"{folder} holds a single network (config.json), no pipeline: {remedy}") from error
             raise
 
     def fetch(self, wanted: dict[str, Any]) -> Path:
-        """Makes the files of the wanted components present and returns the pipeline's folder.
-
-        Raises:
-            HubError: A component's folder is missing.
-        """
+        """Makes the files of the wanted components present and returns the pipeline's folder."""
         folder = self._fetch_weights(wanted, self.variant)
         if self.variant:
             plain_only = [n for n in wanted if not any((folder / n).glob(f"*.{self.variant}*"))]
@@ -98,7 +86,7 @@ class LoadRequest:
         dtype = self.dtypes.get(name, self.dtypes["default"])
         place, cls = folder / name, component_class(name, library, class_name)
         if issubclass(cls, ModelMixin):
-            return cls.from_folder(place, self._variant_of(place, weights.WEIGHTS_NAME), dtype, self.device)
+            return cls.from_folder(place, self._variant_of(place, cls.weights_name), dtype, self.device)
         if issubclass(cls, ConfigMixin):
             return cls.from_config(read_json(place / cls.config_name))
         return self._from_transformers_class(cls, place, dtype)
@@ -151,11 +139,9 @@ def refuse_kernels(config: Any, folder: Path) -> None:
 
 
 def component_class(name: str, library: str, class_name: str) -> type:
-    """Returns the class of a component that ``model_index.json`` names.
-
-    Raises:
-        ConfigError: It is not one of this library's, nor a plain class of transformers: nothing else is imported or run.
-    """
+    """Returns the class of a component: one of this library's, or a plain one of transformers; no other is imported or run."""
+    if library == registry.FORMAT_LIBRARY.get(class_name):
+        return registry.load(class_name)
     if library == "transformers":
         import transformers
 
@@ -164,28 +150,22 @@ def component_class(name: str, library: str, class_name: str) -> type:
             cls = getattr(transformers, public, None)
             if isinstance(cls, type) and hasattr(cls, "from_pretrained") and not public.startswith("Auto"):
                 return cls
-    elif class_name in registry.FORMAT_LIBRARY or (
-        class_name in registry.PUBLIC and issubclass(registry.load(class_name), ConfigMixin)
-    ):
-        return registry.load(class_name)
-    raise ConfigError(
-        f"component {name!r} is a {library}.{class_name}, which is not offered here, and no code outside the library is run: "
-        f"pass {name}=..."
-    )
+    elif class_name in registry.PUBLIC:
+        cls = registry.load(class_name)
+        if isinstance(cls, type) and issubclass(cls, ConfigMixin):
+            return cls
+    refusal = f"which is not offered here, and no code outside the library is run: pass {name}=..."
+    raise ConfigError(f"component {name!r} is a {library}.{class_name}, {refusal}")
 
 
 def describe(component: Any) -> list[str | None]:
     """The ``[library, class]`` entry of a component in ``model_index.json``."""
     if component is None:
         return [None, None]
-    cls = type(component)
-    name = cls.__name__
-    if cls.__module__.startswith("transformers."):
-        public = name.removesuffix("Fast") if name.endswith("TokenizerFast") else name
-        return ["transformers", public]
-    if name in registry.FORMAT_LIBRARY:
-        return [registry.FORMAT_LIBRARY[name], name]
-    return ["diffusers", name]
+    name = type(component).__name__
+    if type(component).__module__.startswith("transformers."):
+        return ["transformers", name.removesuffix("Fast") if name.endswith("TokenizerFast") else name]
+    return [registry.FORMAT_LIBRARY.get(name, "diffusers"), name]
 
 
 def save_component(component: Any, folder: Path, variant: str | None, max_shard_size: int | str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +45,8 @@ class Request:
 
     def fits(self, other: Request) -> bool:
         """Whether both can be evaluated in one forward pass."""
-        return (
-            self.latents.shape[1:] == other.latents.shape[1:]
-            and self.latents.dtype == other.latents.dtype
-            and self.timesteps.dtype == other.timesteps.dtype
-            and self.conditioning.fits(other.conditioning)
-        )
+        mine, theirs = ((r.latents.shape[1:], r.latents.dtype, r.timesteps.dtype) for r in (self, other))
+        return mine == theirs and self.conditioning.fits(other.conditioning)
 
 
 @dataclass(frozen=True)
@@ -70,12 +66,7 @@ class Progress:
 def evaluate(pipe: DiffusionPipeline, requests: list[Request]) -> list[torch.Tensor]:
     """Evaluates requests, of one run or of several runs at different steps, in as few forward passes as their shapes allow.
 
-    Args:
-        pipe: The pipeline whose denoiser answers.
-        requests: What runs of this pipeline ask for.
-
-    Returns:
-        One prediction per request, in order.
+    Returns one prediction per request, in order. All the runs are of this ``pipe``.
     """
     answers: list[torch.Tensor | None] = [None] * len(requests)
     for first, request in enumerate(requests):
@@ -83,15 +74,14 @@ def evaluate(pipe: DiffusionPipeline, requests: list[Request]) -> list[torch.Ten
             continue
         members = [i for i in range(first, len(requests)) if answers[i] is None and request.fits(requests[i])]
         group = [requests[i] for i in members]
-        latents = request.latents if len(group) == 1 else torch.cat([r.latents for r in group])
-        times = request.timesteps if len(group) == 1 else torch.cat([r.timesteps for r in group])
+        latents, times = (torch.cat(parts) for parts in ([r.latents for r in group], [r.timesteps for r in group]))
         prediction = pipe.predict(latents, times, Conditioning.cat([r.conditioning for r in group]))
         for i, part in zip(members, prediction.split([len(r.latents) for r in group]), strict=True):
             answers[i] = part
     return [a for a in answers if a is not None]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def accepted(function: Any) -> frozenset[str]:
     """Argument names of a function, looked up once."""
     return frozenset(inspect.signature(function).parameters)
@@ -161,6 +151,10 @@ class Run:
         """Ends the denoising early, from any thread; :meth:`result` decodes the latents as they are."""
         self._stop = "interrupted"
 
+    def _refuse_cancelled(self) -> None:
+        if self._stop == "cancelled":
+            raise RunCancelled(f"cancelled after {self.index} of {len(self.timesteps)} steps")
+
     def branch_count(self) -> int:
         """Number of guidance branches that the next step evaluates."""
         return self.guidance.branches if self.guidance.active(self.index, len(self.timesteps)) else 1
@@ -168,7 +162,11 @@ class Run:
     def requests(self) -> list[Request]:
         """What the next step needs evaluated."""
         count = self.branch_count()
-        x = self.scheduler.scale_model_input(self.latents, self.timesteps[self.index])
+        x, t = self.latents, self.timesteps[self.index]
+        if self.task.scales_channels:
+            x = self.scheduler.scale_model_input(torch.cat([x, self.channels], dim=1), t)
+            return [Request(x, t.expand(len(x)), self.conditioning)]
+        x = self.scheduler.scale_model_input(x, t)
         x = torch.cat([x] * count) if count > 1 else x
         conditioning, channels = self.conditioning, self.channels
         if count < self.guidance.branches:
@@ -182,28 +180,18 @@ class Run:
     @torch.no_grad()
     def advance(self, predictions: list[torch.Tensor]) -> None:
         """Takes the answers to :meth:`requests` and moves one step on."""
-        if self._stop == "cancelled":
-            raise RunCancelled(f"cancelled after {self.index} of {len(self.timesteps)} steps")
+        self._refuse_cancelled()
         t = self.timesteps[self.index]
-        prediction = predictions[0]
-        if self.branch_count() > 1:
-            prediction = self.guidance.combine(prediction)
+        prediction = self.guidance.combine(predictions[0]) if self.branch_count() > 1 else predictions[0]
         out = self.scheduler.step(prediction, t, self.latents, **self.step_options)
         self.denoised = getattr(out, "pred_original_sample", None)
-        dtype = self.latents.dtype
-        self.latents = self.task.after_step(self, out.prev_sample).to(dtype)
+        self.latents = self.task.after_step(self, out.prev_sample).to(self.latents.dtype)
         self._report(t)
         self.index += 1
 
     def step(self) -> None:
-        """Makes one denoising step.
-
-        Raises:
-            RunCancelled: The run was cancelled.
-            RuntimeError: No step is left.
-        """
-        if self._stop == "cancelled":
-            raise RunCancelled(f"cancelled after {self.index} of {len(self.timesteps)} steps")
+        """Makes one denoising step; a :class:`RunCancelled` if the run was cancelled, a ``RuntimeError`` if no step is left."""
+        self._refuse_cancelled()
         if self.done:
             raise RuntimeError(f"all {len(self.timesteps)} steps are made: call `result()`")
         self.advance(evaluate(self.pipe, self.requests()))
@@ -213,26 +201,22 @@ class Run:
         if self._result is None:
             while not self.done:
                 self.step()
-            if self._stop == "cancelled":
-                raise RunCancelled(f"cancelled after {self.index} of {len(self.timesteps)} steps")
+            self._refuse_cancelled()
             if not self.latents.isfinite().all():
-                raise FloatingPointError(
-                    f"the denoiser made NaN or infinite latents in {self.latents.dtype}: load it in float32 or bfloat16"
-                )
+                what = f"NaN or infinite latents in {self.latents.dtype}"
+                raise FloatingPointError(f"the denoiser made {what}: load it in float32 or bfloat16")
             with torch.no_grad():
                 self._result = self.task.finish(self)
         return self._result
 
     def preview(self) -> list[Image.Image]:
         """Small, approximate pictures of where the run is, cheap enough for every step."""
-        latents = self.latents if self.denoised is None else self.denoised
-        return self.pipe.preview_images(latents)
+        return self.pipe.preview_images(self.latents if self.denoised is None else self.denoised)
 
     def _report(self, t: torch.Tensor) -> None:
         args = self.args
         if args.callback_on_step_end is not None:
-            names = args.callback_on_step_end_tensor_inputs
-            given = {name: self.tensor(name) for name in names}
+            given = {name: self.tensor(name) for name in args.callback_on_step_end_tensor_inputs}
             answer = args.callback_on_step_end(PipelineView(self), self.index, t, dict(given)) or {}
             for name, value in answer.items():
                 if value is not given.get(name):
@@ -252,11 +236,7 @@ class Run:
         return self.task.named_tensor(self, name)
 
     def set_tensor(self, name: str, value: torch.Tensor) -> None:
-        """Replaces what :meth:`tensor` reads.
-
-        Raises:
-            ValueError: The name is unknown.
-        """
+        """Replaces what :meth:`tensor` reads."""
         if name == "latents":
             self.latents = value
         elif name == "prompt_embeds":
@@ -282,18 +262,19 @@ class PipelineView:
 
     def __getattr__(self, name: str) -> Any:
         run = self._run
-        if name in ("guidance_scale", "_guidance_scale"):
-            return getattr(run.guidance, "scale", 1.0)
-        if name == "do_classifier_free_guidance":
-            return run.branch_count() > 1
-        if name in ("interrupt", "_interrupt"):
-            return run._stop is not None
-        if name in ("num_timesteps", "_num_timesteps"):
-            return len(run.timesteps)
-        if name == "scheduler":
-            return run.scheduler
-        if name == "run":
-            return run
+        match name.removeprefix("_"):
+            case "guidance_scale":
+                return getattr(run.guidance, "scale", 1.0)
+            case "do_classifier_free_guidance":
+                return run.branch_count() > 1
+            case "interrupt":
+                return run._stop is not None
+            case "num_timesteps":
+                return len(run.timesteps)
+            case "scheduler":
+                return run.scheduler
+            case "run":
+                return run
         return getattr(run.pipe, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -302,11 +283,9 @@ class PipelineView:
             if value:
                 run.interrupt()
         elif name == "_guidance_scale":
-            if not hasattr(run.guidance, "scale"):
+            if isinstance(run.guidance, NoGuidance):
                 raise AttributeError("this run has no guidance, so its scale cannot be set")
-            from dataclasses import replace
-
-            run.guidance = replace(run.guidance, scale=float(value))  # type: ignore[call-arg]
+            run.guidance = replace(run.guidance, scale=float(value))
         else:
             near = did_you_mean(name, ("_interrupt", "_guidance_scale"))
             raise AttributeError(f"a callback cannot set {name!r} on the pipeline, which other runs share{near}")

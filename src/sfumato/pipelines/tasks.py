@@ -1,13 +1,13 @@
 """Tasks: what the user asks of a family. A task has no state; what a run needs later is kept on the run.
 
-Phases, in the order of a call: ``check`` -> the family's ``condition`` -> ``schedule`` -> ``prepare`` (pictures, latents, noise; the only
-phase that draws from the generators besides the scheduler's steps) -> per step ``time``, ``after_step`` -> ``finish``.
+Phases, in the order of a call: ``check`` -> the family's ``condition`` -> ``schedule`` -> ``prepare`` (pictures, latents, noise;
+the only phase that draws from the generators besides the scheduler's steps) -> per step ``time``, ``after_step`` -> ``finish``.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -17,17 +17,27 @@ from ..random import randn
 from .run import Run, accepted
 
 
+def check_count(args: Any, name: str) -> None:
+    """Refuses an argument that is no whole number of at least 1."""
+    value = getattr(args, name)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
 class Task:
     """Text to picture, and the parts that the other tasks share."""
 
     name: ClassVar[str] = "text-to-image"
     callback_tensors: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "negative_prompt_embeds")
+    scales_channels: ClassVar[bool] = False
+    needs_image: ClassVar[str] = ""  # what is wrong with a call without a picture, if anything
 
     def check(self, run: Run) -> None:
         """Refuses arguments that cannot work, before any work is done."""
         args = run.args
-        if not isinstance(args.num_inference_steps, int) or args.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={args.num_inference_steps!r} must be a whole number of at least 1")
+        check_count(args, "num_inference_steps")
+        if self.needs_image and args.image is None:
+            raise ValueError(f"image=None: {self.needs_image}")
         for name in ("guidance_scale", "image_guidance_scale", "guidance_rescale", "eta"):
             value = getattr(args, name)
             if not (isinstance(value, Real) and math.isfinite(value)):
@@ -52,15 +62,10 @@ class Task:
         custom = {k: v for k in ("timesteps", "sigmas") if (v := getattr(args, k)) is not None}
         if len(custom) > 1:
             raise ValueError("timesteps and sigmas are both given: pass one of them")
-        for name in custom:
-            if name not in takes:
-                raise ValueError(
-                    f"{type(scheduler).__name__} takes no custom {name}; a scheduler that does is EulerDiscreteScheduler"
-                )
-        if custom:
-            scheduler.set_timesteps(**custom, device=run.device)
-        else:
-            scheduler.set_timesteps(args.num_inference_steps, device=run.device)
+        remedy = "a scheduler that does is EulerDiscreteScheduler"
+        for name in custom.keys() - takes:
+            raise ValueError(f"{type(scheduler).__name__} takes no custom {name}; {remedy}")
+        scheduler.set_timesteps(**custom or {"num_inference_steps": args.num_inference_steps}, device=run.device)
         run.timesteps = scheduler.timesteps
         takes = accepted(type(scheduler).step)
         options = {"eta": args.eta, "generator": args.generator, "use_clipped_model_output": args.use_clipped_model_output}
@@ -76,11 +81,7 @@ class Task:
         return self.noise_of_shape(run, run.pipe.latent_format.shape(run.batch, height, width))
 
     def noise_of_shape(self, run: Run, shape: tuple[int, ...]) -> torch.Tensor:
-        """As :meth:`noise`, for a given shape.
-
-        Raises:
-            ValueError: The caller's latents have another shape.
-        """
+        """As :meth:`noise`, for a given shape, which the caller's latents must have."""
         dtype, given = run.pipe.compute_dtype, run.args.latents
         if given is None:
             return randn(shape, generator=run.args.generator, device=run.device, dtype=dtype)
@@ -129,58 +130,47 @@ def truncate_schedule(run: Run) -> None:
     if hasattr(run.scheduler, "set_begin_index"):
         run.scheduler.set_begin_index(begin)
     if len(run.timesteps) == 0:
-        raise ValueError(
-            f"strength={run.args.strength} leaves none of {steps} steps to make: raise strength to {1 / max(steps, 1):.2g} or "
-            "above, or raise num_inference_steps"
-        )
+        remedy = f"raise strength to {1 / max(steps, 1):.2g} or above, or raise num_inference_steps"
+        raise ValueError(f"strength={run.args.strength} leaves none of {steps} steps to make: {remedy}")
 
 
 def per_picture(tensor: torch.Tensor, batch: int, what: str) -> torch.Tensor:
-    """Repeats each row until there is one per picture, in the order of the prompts: a, a, b, b.
-
-    Raises:
-        ValueError: ``batch`` is no multiple of the rows.
-    """
+    """Repeats each row until there is one per picture, in the order of the prompts: a, a, b, b."""
     rows = len(tensor)
     if batch % rows:
         raise ValueError(f"{rows} {what}(s) cannot be shared out evenly over {batch} pictures: give 1 or one per prompt")
     return tensor if rows == batch else tensor.repeat_interleave(batch // rows, dim=0)
 
 
-def encode_pictures(run: Run, image: torch.Tensor, what: str = "image") -> torch.Tensor:
+def encode_pictures(run: Run, image: torch.Tensor) -> torch.Tensor:
     """Encodes pictures (B, 3, H, W) to one latent per picture of the run; latents pass through.
 
     With one generator a shared picture is encoded (drawn) once; with a list, once for each generator.
     """
-    channels = run.pipe.latent_format.channels
-    if image.shape[1] == channels:
-        return per_picture(image.to(run.device, run.pipe.compute_dtype), run.batch, what)
-    generator = run.args.generator
-    image = image.to(run.device)
-    if isinstance(generator, list):
-        image = per_picture(image, run.batch, what)
-    latents = run.pipe.latent_format.encode(image, generator).to(run.pipe.compute_dtype)
-    return per_picture(latents, run.batch, what)
+    latents, generator = image.to(run.device), run.args.generator
+    if image.shape[1] != run.pipe.latent_format.channels:
+        if isinstance(generator, list):
+            latents = per_picture(latents, run.batch, "image")
+        latents = run.pipe.latent_format.encode(latents, generator)
+    return per_picture(latents.to(run.pipe.compute_dtype), run.batch, "image")
 
 
 class ImageToImage(Task):
     """Noise the given picture up to a strength, then denoise it (SDEdit, arXiv:2108.01073)."""
 
     name = "image-to-image"
+    needs_image = "this pipeline starts from a picture; pass one, or use the text-to-image pipeline"
 
     def check(self, run: Run) -> None:
         super().check(run)
         check_strength(run)
-        if run.args.image is None:
-            raise ValueError("image=None: this pipeline starts from a picture; pass one, or use the text-to-image pipeline")
 
     def schedule(self, run: Run) -> None:
         super().schedule(run)
         truncate_schedule(run)
 
     def prepare(self, run: Run) -> None:
-        image = run.pipe.image_processor.preprocess(run.args.image)
-        latents = encode_pictures(run, image)
+        latents = encode_pictures(run, run.pipe.image_processor.preprocess(run.args.image))
         noise = randn(latents.shape, generator=run.args.generator, device=run.device, dtype=latents.dtype)
         run.latents = run.scheduler.add_noise(latents, noise, run.timesteps[:1].repeat(run.batch))
 
@@ -209,28 +199,23 @@ class Painting:
     crop: tuple[int, int, int, int] | None
 
 
-class Inpaint(Task):
+class Inpaint(ImageToImage):
     """Paint the masked region anew: by extra channels where the denoiser has them, else by pasting the source after each step."""
 
     name = "inpaint"
     callback_tensors = (*Task.callback_tensors, "mask", "masked_image_latents")
+    needs_image = "inpainting needs a picture and a mask of the region to paint anew"
 
     def check(self, run: Run) -> None:
         super().check(run)
-        check_strength(run)
-        if run.args.image is None or run.args.mask_image is None:
-            missing = "image" if run.args.image is None else "mask_image"
-            raise ValueError(f"{missing}=None: inpainting needs a picture and a mask of the region to paint anew")
+        if run.args.mask_image is None:
+            raise ValueError(f"mask_image=None: {self.needs_image}")
         if run.args.padding_mask_crop is not None:
             if run.args.output_type != "pil":
                 raise ValueError(f"padding_mask_crop pastes PIL pictures: output_type={run.args.output_type!r} must be 'pil'")
             for name in ("image", "mask_image"):
                 if not hasattr(getattr(run.args, name), "size") or isinstance(getattr(run.args, name), torch.Tensor):
                     raise ValueError(f"padding_mask_crop needs {name} as one PIL picture")
-
-    def schedule(self, run: Run) -> None:
-        super().schedule(run)
-        truncate_schedule(run)
 
     def prepare(self, run: Run) -> None:
         args, pipe = run.args, run.pipe
@@ -247,9 +232,8 @@ class Inpaint(Task):
             run.latents = run.scheduler.add_noise(source, noise, run.timesteps[:1].repeat(run.batch))
         else:
             run.latents = noise * run.scheduler.init_noise_sigma
-        pixel_mask = pipe.mask_processor.preprocess(
-            args.mask_image, height=height, width=width, resize_mode=mode, crops_coords=crop
-        )
+        area = {"height": height, "width": width, "resize_mode": mode, "crops_coords": crop}
+        pixel_mask = pipe.mask_processor.preprocess(args.mask_image, **area)
         mask, masked = self._mask_latents(run, image, pixel_mask)
         if by_channels:
             run.channels = torch.cat([torch.cat([mask, masked], dim=1)] * run.guidance.branches)
@@ -257,13 +241,9 @@ class Inpaint(Task):
 
     def _mask_latents(self, run: Run, image: torch.Tensor, pixel_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The mask (B, 1, h, w) and the latents of the masked picture (B, C, h, w)."""
-        latents = run.latents
-        if run.args.masked_image_latents is None:
-            masked = image * (pixel_mask < 0.5)
-            if image.shape[1] == latents.shape[1]:
-                masked = image
-        else:
-            masked = run.args.masked_image_latents
+        latents, masked = run.latents, run.args.masked_image_latents
+        if masked is None:
+            masked = image if image.shape[1] == latents.shape[1] else image * (pixel_mask < 0.5)
         mask = torch.nn.functional.interpolate(pixel_mask, size=latents.shape[-2:]).to(latents.device, latents.dtype)
         return per_picture(mask, run.batch, "mask"), encode_pictures(run, masked)
 
@@ -297,8 +277,6 @@ class Inpaint(Task):
             parts = {"mask": run.channels[:, :1], "masked_image_latents": run.channels[:, 1:], name: value}
             run.channels = torch.cat([parts["mask"], parts["masked_image_latents"]], dim=1)
         elif name == "mask":
-            from dataclasses import replace
-
             run.kept = replace(run.kept, mask=value)
 
 
@@ -307,11 +285,7 @@ class InstructEdit(Task):
 
     name = "instruct-edit"
     callback_tensors = ("latents", "prompt_embeds", "image_latents")
-
-    def check(self, run: Run) -> None:
-        super().check(run)
-        if run.args.image is None:
-            raise ValueError("image=None: an instruction edits a picture; pass one")
+    needs_image = "an instruction edits a picture; pass one"
 
     def prepare(self, run: Run) -> None:
         image = run.pipe.image_processor.preprocess(run.args.image)
@@ -320,7 +294,5 @@ class InstructEdit(Task):
         latents = per_picture(image.to(run.device, run.pipe.compute_dtype), run.batch, "image")
         blank = [torch.zeros_like(latents)] if run.guidance.branches == 3 else []
         run.channels = torch.cat([latents] * min(run.guidance.branches, 2) + blank)
-        factor = run.pipe.latent_format.factor
         shape = (run.batch, run.pipe.latent_format.channels, *latents.shape[-2:])
-        if factor:
-            run.latents = self.noise_of_shape(run, shape) * run.scheduler.init_noise_sigma
+        run.latents = self.noise_of_shape(run, shape) * run.scheduler.init_noise_sigma

@@ -1,6 +1,6 @@
 """The text half of CLIP (arXiv:2103.00020), with the files and parameter names of ``transformers``' class of this name.
 
-It stands here because importing a model class of ``transformers`` takes longer than loading Stable Diffusion. A pipeline takes either.
+It stands here because importing a model class of ``transformers`` takes longer than loading Stable Diffusion; pipelines take either.
 """
 
 from __future__ import annotations
@@ -77,6 +77,12 @@ class CLIPLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+def embedding(count: int, width: int) -> nn.Embedding:
+    """A table of ``count`` vectors, without torch's initialisation on the meta device, which imports the compiler."""
+    weight = torch.empty(count, width)
+    return nn.Embedding(count, width, _weight=weight if weight.is_meta else nn.init.normal_(weight, std=0.02))
+
+
 class CLIPTextModel(ModelMixin):
     """CLIP's text transformer.
 
@@ -104,12 +110,8 @@ class CLIPTextModel(ModelMixin):
         super().__init__()
         if hidden_act not in ("quick_gelu", "gelu"):
             raise ValueError(f"hidden_act={hidden_act!r} is unknown: expected 'quick_gelu' or 'gelu'")
-        self.embeddings = nn.ModuleDict(
-            {
-                "token_embedding": nn.Embedding(vocab_size, hidden_size),
-                "position_embedding": nn.Embedding(max_position_embeddings, hidden_size),
-            }
-        )
+        tables = {"token_embedding": vocab_size, "position_embedding": max_position_embeddings}
+        self.embeddings = nn.ModuleDict({name: embedding(count, hidden_size) for name, count in tables.items()})
         layer = (hidden_size, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(CLIPLayer(*layer) for _ in range(num_hidden_layers))})
         self.final_layer_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
