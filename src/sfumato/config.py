@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean, refuse_unknown
 from .files import write_atomically
 
 FORMAT_VERSION = "0.42.1"
@@ -46,10 +46,8 @@ class FrozenConfig(dict):
 
 def plain(value: Any) -> Any:
     """Returns ``value`` as JSON can hold it."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, Path):
         return value.as_posix()
     if isinstance(value, (tuple, list)):
@@ -62,9 +60,8 @@ def plain(value: Any) -> Any:
 class ConfigMixin:
     """Records the constructor's arguments as ``self.config``.
 
-    Class attributes:
-        config_name: File that holds the configuration inside a checkpoint folder.
-        ignore_for_config: Constructor arguments that are not configuration (modules, say).
+    Class attributes: ``config_name``, the file that holds the configuration inside a checkpoint folder; ``ignore_for_config``,
+    constructor arguments that are not configuration (modules, say).
     """
 
     config_name: ClassVar[str] = "config.json"
@@ -73,8 +70,7 @@ class ConfigMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        init = cls.__dict__.get("__init__")
-        if init is None:
+        if (init := cls.__dict__.get("__init__")) is None:
             return
         signature = inspect.signature(init)
 
@@ -98,7 +94,7 @@ class ConfigMixin:
 
     @classmethod
     def _init_parameters(cls) -> dict[str, inspect.Parameter]:
-        parameters = dict(inspect.signature(cls.__init__).parameters)
+        parameters = inspect.signature(cls.__init__).parameters
         return {name: p for name, p in parameters.items() if name != "self" and name not in cls.ignore_for_config}
 
     @classmethod
@@ -116,14 +112,10 @@ class ConfigMixin:
             ConfigError: A required key is missing, or a value has the wrong type for the constructor.
         """
         if not isinstance(config, Mapping):
-            raise ConfigError(
-                f"{cls.__name__}.from_config takes a configuration mapping, not {type(config).__name__}; "
-                "to read a folder or a hub repository use `from_pretrained`"
-            )
+            remedy = "to read a folder or a hub repository use `from_pretrained`"
+            raise ConfigError(f"{cls.__name__}.from_config takes a configuration mapping, not {type(config).__name__}; {remedy}")
         known = cls._init_parameters()
-        for name in overrides:
-            if name not in known:
-                raise ConfigError(f"{cls.__name__} has no configuration key {name!r}{did_you_mean(name, known)}")
+        refuse_unknown(overrides, known, f"{cls.__name__} has no configuration key", ConfigError)
         defaulted = set(config.get("_use_default_values", ()))
         same_class = config.get("_class_name") in (None, cls.__name__)
         values = {k: v for k, v in config.items() if same_class or k not in defaulted}
@@ -156,25 +148,18 @@ class ConfigMixin:
 def _bind(cls: type[ConfigMixin], signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> FrozenConfig:
     """Maps constructor arguments to configuration keys, defaults included."""
     known = cls._init_parameters()
-    unknown = [name for name in kwargs if name not in signature.parameters]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    if unknown and not takes_any:
-        raise TypeError(f"{cls.__name__}() has no argument {unknown[0]!r}{did_you_mean(unknown[0], signature.parameters)}")
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        refuse_unknown(kwargs, signature.parameters, f"{cls.__name__}() has no argument")
     bound = signature.bind(None, *args, **kwargs)
     given = [name for name in bound.arguments if name in known]
     bound.apply_defaults()
-    values = {name: bound.arguments[name] for name in known if name in bound.arguments}
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in bound.arguments.items() if k in known}
     defaulted = [name for name in known if name not in given]
     return FrozenConfig({**values, "_class_name": cls.__name__, "_use_default_values": defaulted})
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        ConfigError: The file is missing, not valid JSON, or not an object.
-    """
+    """Reads a JSON object; a :class:`ConfigError` if the file is missing, not valid JSON, or holds something else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class SfumatoError(Exception):
@@ -26,3 +26,10 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the nearest candidate, or an empty string when none is near."""
     near = difflib.get_close_matches(name, [c for c in candidates if not c.startswith("_")], n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def refuse_unknown(names: Iterable[str], known: Collection[str], what: str, error: type[Exception] = TypeError) -> None:
+    """Raises ``error`` for the first of ``names`` that is not ``known``: ``what``, the name, and what is near."""
+    for name in names:
+        if name not in known:
+            raise error(f"{what} {name!r}{did_you_mean(name, known)}")

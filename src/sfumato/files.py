@@ -22,7 +22,7 @@ def write_together(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
         writers: File to create or replace, in a folder that exists -> what writes its whole content to the path it is given.
 
     Raises:
-        OSError: Writing failed (no space, say); the files are as they were and the temporary ones are gone.
+        OSError: Writing failed (no space, say); the files are as they were, and nothing temporary is left.
     """
     temporary = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp") for path in writers}
     try:

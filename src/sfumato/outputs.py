@@ -34,23 +34,14 @@ class BaseOutput:
 
 @dataclass
 class ImagePipelineOutput(BaseOutput):
-    """Pictures of a call.
-
-    Attributes:
-        images: A list of PIL images, or an array ``(B, H, W, C)`` in 0..1, or a tensor ``(B, C, H, W)``.
-    """
+    """Pictures of a call: a list of PIL images, or an array ``(B, H, W, C)`` in 0..1, or a tensor ``(B, C, H, W)``."""
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
 
 
 @dataclass
 class StableDiffusionPipelineOutput(BaseOutput):
-    """Pictures of a call, with the safety checker's verdict.
-
-    Attributes:
-        images: As in :class:`ImagePipelineOutput`.
-        nsfw_content_detected: One verdict per picture, or ``None`` when no checker ran.
-    """
+    """Pictures, as in :class:`ImagePipelineOutput`, with the safety checker's verdicts, or ``None`` when no checker ran."""
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
     nsfw_content_detected: list[bool] | None

@@ -24,12 +24,11 @@ def randn(
     A CPU generator draws on the CPU and the result is moved, so a seed gives the same noise on every device.
 
     Args:
-        shape: Shape of the result; the first dimension is the batch.
+        shape: Of the result; the first dimension is the batch.
         generator: One generator, or a list with one per sample (each draws its own ``(1, ...)``; a list of one draws the whole
             batch). ``None`` draws from a generator seeded by the operating system.
         device: Where the result lies (default CPU).
-        dtype: Of the draw and of the result (default: torch's default).
-        layout: Memory layout (default strided).
+        dtype: Of the draw and of the result; ``layout`` likewise. The defaults are torch's.
 
     Raises:
         ValueError: The list's length is not the batch size, or a generator's device can serve neither the CPU nor ``device``.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -29,6 +30,23 @@ _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 _M = TypeVar("_M", bound=nn.Module)
 
 
+def refuse_pickle(use_safetensors: bool | None) -> None:
+    """Refuses ``use_safetensors=False``."""
+    if use_safetensors is False:
+        raise ValueError("use_safetensors=False asks for pickle weights, which can run code; convert them to safetensors")
+
+
+def output_folder(save_directory: str | os.PathLike, safe_serialization: bool) -> Path:
+    """Makes the folder that ``save_pretrained`` writes to; refuses a file, and ``safe_serialization=False``."""
+    if not safe_serialization:
+        raise ValueError("safe_serialization=False asks for pickle weights; only safetensors is written")
+    folder = Path(save_directory)
+    if folder.is_file():
+        raise NotADirectoryError(f"save_directory={str(folder)!r} is a file; pass a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def with_variant(name: str, variant: str | None) -> str:
     """``model.safetensors`` -> ``model.fp16.safetensors``; ``x.index.json`` -> ``x.index.fp16.json``."""
     if variant is None:
@@ -45,11 +63,7 @@ def weight_patterns(variant: str | None, *names: str) -> list[str]:
 
 
 def find_weight_files(folder: Path, variant: str | None = None, name: str = WEIGHTS_NAME) -> list[Path]:
-    """Lists the safetensors files of a component folder: one file, or the shards that its index names.
-
-    Raises:
-        WeightsError: Nothing to load, only pickle files, or a shard is missing.
-    """
+    """Lists the safetensors files of a component folder: one file, or the shards that its index names."""
     single = folder / with_variant(name, variant)
     if single.is_file():
         return [single]
@@ -65,35 +79,24 @@ def find_weight_files(folder: Path, variant: str | None = None, name: str = WEIG
         return [folder / s for s in shards]
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLE_SUFFIXES)
     if pickles:
-        raise WeightsError(
-            f"{folder} holds only pickle weights ({pickles[0]}), which can run code when opened, so they are not read; "
-            "convert them to safetensors, or use a revision of the repository that has safetensors"
-        )
+        remedy = "which can run code when opened; convert them to safetensors, or use a revision that has safetensors"
+        raise WeightsError(f"{folder} holds only pickle weights ({pickles[0]}), {remedy}")
     others = sorted(p.name for p in folder.glob("*.safetensors"))
     hint = f"; it does hold {', '.join(others[:4])}: pass the matching `variant`" if others else ""
     raise WeightsError(f"no weights in {folder}: expected {single.name}, download it again (pickles are not read){hint}")
 
 
 def read_tensors(files: Iterable[Path], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """Maps safetensors files into memory.
-
-    Returns:
-        Tensor name -> tensor on ``device``; on CPU a view of the file, read on first use.
-
-    Raises:
-        WeightsError: A file is corrupt, truncated or missing, or a name stands in two files.
-    """
+    """Maps safetensors files into memory: tensor name -> tensor on ``device``; on CPU a view of the file, read on first use."""
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt", device=str(device)) as opened:
                 found = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, OSError) as error:
-            raise WeightsError(
-                f"{file} cannot be read as safetensors ({error}); it is missing, truncated or corrupt: download it again"
-            ) from error
-        doubled = tensors.keys() & found.keys()
-        if doubled:
+            cause = f"({error}): it is missing, truncated or corrupt, download it again"
+            raise WeightsError(f"{file} cannot be read as safetensors {cause}") from error
+        if doubled := tensors.keys() & found.keys():
             raise WeightsError(f"{sorted(doubled)[0]!r} stands in two weight files, the second is {file}")
         tensors.update(found)
     return tensors
@@ -103,15 +106,12 @@ def assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.d
     """Makes ``tensors`` the parameters of ``model``; every tensor and every parameter is accounted for.
 
     Args:
-        model: A network on the meta device.
+        model: A network on the meta device; parts of names in its ``keep_in_fp32`` stay float32.
         tensors: Parameter name -> tensor.
-        dtype: Floating-point type to convert to, or ``None`` to keep the file's. Names that contain an entry of the
-            model's ``keep_in_fp32`` stay float32.
+        dtype: Floating-point type to convert to, or ``None`` to keep the file's.
         where: What the tensors came from, for messages.
-
-    Raises:
-        WeightsError: Names or shapes differ.
     """
+    remedy = "check that config.json belongs to these weights"
     expected = model.state_dict()
     ignorable = getattr(model, "ignorable_keys", ())
     missing = [k for k in expected if k not in tensors]
@@ -119,16 +119,12 @@ def assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.d
     if missing or extra:
         parts = [f"{len(missing)} missing (first {missing[0]!r})"] if missing else []
         parts += [f"{len(extra)} unexpected (first {extra[0]!r}{did_you_mean(extra[0], missing)})"] if extra else []
-        raise WeightsError(
-            f"{where} does not fit {type(model).__name__}: {', '.join(parts)} of {len(expected)} parameters; "
-            "check that config.json belongs to these weights"
-        )
+        count = f"{', '.join(parts)} of {len(expected)} parameters"
+        raise WeightsError(f"{where} does not fit {type(model).__name__}: {count}; {remedy}")
     for key, parameter in expected.items():
         if parameter.shape != tensors[key].shape:
-            raise WeightsError(
-                f"{where}: {key!r} has shape {tuple(tensors[key].shape)}, {type(model).__name__} with this configuration "
-                f"expects {tuple(parameter.shape)}; check that config.json belongs to these weights"
-            )
+            wanted = f"{type(model).__name__} with this configuration expects {tuple(parameter.shape)}"
+            raise WeightsError(f"{where}: {key!r} has shape {tuple(tensors[key].shape)}, {wanted}; {remedy}")
     keep = getattr(model, "keep_in_fp32", ())
 
     def cast(key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -164,15 +160,13 @@ def save_tensors(
     for key, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
         if used + size > limit and shards[-1]:
-            shards.append({})
-            used = 0
+            shards, used = [*shards, {}], 0
         shards[-1][key] = tensor.detach().cpu().contiguous()
         used += size
     single, index = with_variant(name, variant), folder / with_variant(f"{name}.index.json", variant)
     stem = single.removesuffix(".safetensors")
-    names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = [single]
+    many = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = many if len(shards) > 1 else [single]
     writers: dict[Path, Any] = {folder / file: partial(_write_shard, shard) for shard, file in zip(shards, names, strict=True)}
     if len(shards) > 1:
         total = sum(t.numel() * t.element_size() for t in tensors.values())

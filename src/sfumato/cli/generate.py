@@ -10,6 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ..errors import SfumatoError, did_you_mean
+from ..hub import EMBEDDED_MODEL
+
 EXAMPLES = """
 [bold]Examples[/bold]
 
@@ -29,14 +32,10 @@ console = Console(stderr=True)
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows.", show_default=False)],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Pipeline folder or hub repository. Without it: the small embedded model.")
-    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Folder or hub repository. Default: embedded model.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", "-n", min=1, help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", "-g", help="Guidance scale: weight of the prompt.")] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", "-s", help="Seed; picture k of several uses seed + k. Random without it.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", "-s", help="Seed; picture k uses seed + k. Default: random.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, or one number for a square.")] = None,
     count: Annotated[int, typer.Option("--count", "-c", min=1, help="Number of pictures.")] = 1,
     scheduler: Annotated[str | None, typer.Option(help="Scheduler class, such as EulerDiscreteScheduler.")] = None,
@@ -46,35 +45,25 @@ def generate(
     strength: Annotated[float | None, typer.Option(min=0, max=1, help="How far to leave the given picture.")] = None,
     weighted: Annotated[bool, typer.Option("--weighted", help="Read (word:1.3), \\[word] and BREAK; no length limit.")] = False,
     device: Annotated[str | None, typer.Option(help="Device, such as cuda. Without it: the fastest there is.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16. Without it: float32 on CPU, float16 elsewhere.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: float32 on CPU, else float16.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
     variant: Annotated[str | None, typer.Option(help="File variant of the repository, such as fp16.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File (.png) or folder. Without it: named after prompt and seed.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File (.png) or folder. Default: by prompt and seed.")] = None,
 ) -> None:
     """Makes pictures from text, and from a picture where one is given. Each PNG carries its recipe: `sfumato info PICTURE.png`."""
-    from ..errors import SfumatoError
-
     if mask and not image:
         raise typer.BadParameter("a mask needs the picture it belongs to: add --image", param_hint="--mask")
     if strength is not None and not image:
         raise typer.BadParameter("strength applies to a given picture: add --image", param_hint="--strength")
-    options: dict[str, Any] = {
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "negative_prompt": negative,
-        "strength": strength,
-        "prompt_syntax": "weighted" if weighted else None,
-    }
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative}
+    options |= {"strength": strength, "prompt_syntax": "weighted" if weighted else None}
     if size:
         options["width"], options["height"] = parse_size(size)
     base_seed = secrets.randbelow(2**32) if seed is None else seed
     try:
         target(out, prompt, base_seed, 0, count)  # refuses a wrong name before the work
-        pipe = load(model, image is not None, mask is not None, scheduler, device, dtype, revision, variant)
+        task = "Inpainting" if mask else "Image2Image" if image else "Text2Image"
+        pipe = load(model, task, scheduler, device, dtype, revision=revision, variant=variant)
         defaults = embedded_defaults() if model is None else {}
         arguments = {**defaults, **{k: v for k, v in options.items() if v is not None}}
         recipe = {"prompt": prompt, "model": model or "embedded", "revision": revision, **arguments, "image": image, "mask": mask}
@@ -100,38 +89,18 @@ def embedded_defaults() -> dict[str, Any]:
     return {"num_inference_steps": 25, "guidance_scale": 4.0}
 
 
-def load(
-    model: str | None,
-    from_image: bool,
-    inpaint: bool,
-    scheduler: str | None,
-    device: str | None,
-    dtype: str | None,
-    revision: str | None,
-    variant: str | None,
-) -> Any:
-    """Loads the pipeline class that the given pictures ask for."""
+def load(model: str | None, task: str, scheduler: str | None, device: str | None, dtype: str | None, **files: str | None) -> Any:
+    """Loads the pipeline class for a task."""
     with console.status("loading"):
         import torch
 
         from .. import registry
-        from ..errors import did_you_mean
-        from ..hub import EMBEDDED_MODEL
-        from ..pipelines import auto
 
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         precision: Any = getattr(torch, dtype, dtype) if dtype else (torch.float32 if device == "cpu" else torch.float16)
-        kind = (
-            auto.AutoPipelineForInpainting
-            if inpaint
-            else auto.AutoPipelineForImage2Image
-            if from_image
-            else auto.AutoPipelineForText2Image
-        )
-        pipe: Any = kind.from_pretrained(
-            model or EMBEDDED_MODEL, dtype=precision, device_map=device, revision=revision, variant=variant
-        )
+        kind = registry.load(f"AutoPipelineFor{task}")
+        pipe = kind.from_pretrained(model or EMBEDDED_MODEL, dtype=precision, device_map=device, **files)
         if scheduler:
             name = scheduler if scheduler.endswith("Scheduler") else f"{scheduler}Scheduler"
             if name not in registry.PUBLIC:

@@ -27,16 +27,11 @@ class LatentUpscale(Task):
     """Start from noise at twice the size, with the given latents as extra channels; time is the noise level."""
 
     name = "latent-upscale"
-
-    def check(self, run: Run) -> None:
-        super().check(run)
-        if run.args.image is None:
-            raise ValueError("image=None: upscaling needs a picture or latents")
+    needs_image = "upscaling needs a picture or latents"
 
     def prepare(self, run: Run) -> None:
         pipe = run.pipe
-        image = pipe.image_processor.preprocess(run.args.image)
-        latents = encode_pictures(run, image)
+        latents = encode_pictures(run, pipe.image_processor.preprocess(run.args.image))
         enlarged = torch.nn.functional.interpolate(latents, scale_factor=2, mode="nearest")
         run.channels = torch.cat([enlarged] * run.guidance.branches)
         shape = (run.batch, pipe.latent_format.channels, *enlarged.shape[-2:])
@@ -89,7 +84,7 @@ class StableDiffusionLatentUpscalePipeline(
             elif negative_pooled is None:
                 raise ValueError("negative_prompt_embeds and negative_pooled_prompt_embeds belong together: pass both or neither")
             embeds, pooled = torch.cat([negative, embeds]), torch.cat([negative_pooled, pooled])
-        embeds, pooled = embeds.to(run.device, self.compute_dtype), pooled.to(run.device, self.compute_dtype)
+        embeds, pooled = (x.to(run.device, self.compute_dtype) for x in (embeds, pooled))
         half = torch.ones(len(pooled), NOISE_LEVEL_WIDTH // 2, device=run.device, dtype=pooled.dtype)
         time_condition = torch.cat([half, torch.zeros_like(half), pooled], dim=1)
         run.conditioning = Conditioning({"encoder_hidden_states": embeds, "timestep_cond": time_condition})

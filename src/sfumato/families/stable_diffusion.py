@@ -1,12 +1,13 @@
 """Stable Diffusion 1 and 2: latent diffusion with a U-Net and a CLIP text encoder (arXiv:2112.10752).
 
-Tasks by denoiser: 4 channels (text, picture, inpainting by pasting), 5 (depth), 7 (x4 upscaling), 8 (edit by instruction), 9 (inpainting).
+Tasks by the denoiser's channels: 4 (text, picture, inpainting by pasting), 5 (depth), 7 (x4 upscaling), 8 (edit by instruction),
+9 (inpainting).
 
-Quirks, kept because they change the result of valid calls: the constructor sets ``steps_offset`` to 1 and ``clip_sample`` to false on
-schedulers that say otherwise, and inpainting skips PNDM's Runge-Kutta steps (``ADOPTS``); nine-channel inpainting at strength 1 does not
-encode its source; the instruction pipeline takes the posterior's mode. Not reproduced, because they are faults: pictures shared out in
-the order a, b, a, b over prompts in the order a, a, b, b; inpainting and upscaling with one generator per picture that draw the source's
-latents, or the low-resolution noise, from the first generator alone, so that a picture of a batch is not the picture made alone.
+Quirks, kept because they change the result of valid calls: the constructor sets ``steps_offset`` to 1 and ``clip_sample`` to false
+on schedulers that say otherwise, and inpainting skips PNDM's Runge-Kutta steps (``adopts``); nine-channel inpainting at strength 1
+does not encode its source; the instruction pipeline takes the posterior's mode. Not reproduced, because they are faults: pictures
+shared out in the order a, b, a, b over prompts in the order a, a, b, b; inpainting and upscaling with one generator per picture
+that draw the source's latents, or the low-resolution noise, from the first generator alone.
 """
 
 from __future__ import annotations
@@ -23,38 +24,29 @@ from ..pipelines.conditioning import Conditioning
 from ..pipelines.guidance import ClassifierFreeGuidance, EditGuidance, NoGuidance
 from ..pipelines.latent import LatentFormat
 from ..pipelines.run import Run
-from ..pipelines.tasks import DepthToImage, ImageToImage, Inpaint, InstructEdit, Task, per_picture
+from ..pipelines.tasks import DepthToImage, ImageToImage, Inpaint, InstructEdit, Task, check_count, per_picture
 from ..pipelines.text import SYNTAXES, encode_clip
 from ..random import randn
 
+PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+CHECKER = ("safety_checker", "feature_extractor")
 EXTRA = "prompt_syntax callback callback_steps"
 
 
 class StableDiffusion(DiffusionPipeline):
     """The family: how its parts are used, whatever the task.
 
-    Class attributes:
-        output: What a call returns.
-        adopts: Scheduler configuration that the constructor enforces where the key exists.
+    ``output`` is what a call returns; ``adopts`` the scheduler configuration that the constructor enforces where the key exists.
     """
 
-    component_names: ClassVar[tuple[str, ...]] = (
-        "vae",
-        "text_encoder",
-        "tokenizer",
-        "unet",
-        "scheduler",
-        "safety_checker",
-        "feature_extractor",
-        "image_encoder",
-    )
-    optional_components: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
+    component_names: ClassVar[tuple[str, ...]] = (*PARTS, *CHECKER, "image_encoder")
+    optional_components: ClassVar[tuple[str, ...]] = (*CHECKER, "image_encoder")
     options = {"requires_safety_checker": True}
     output: ClassVar[type] = StableDiffusionPipelineOutput
     adopts: ClassVar[dict[str, Any]] = {"steps_offset": 1, "clip_sample": False}
 
     def adopt(self) -> None:
-        scheduler: Any = self.scheduler
+        scheduler = self.scheduler
         changes = {k: v for k, v in self.adopts.items() if k in scheduler.config and scheduler.config[k] != v}
         if changes:
             self.scheduler = type(scheduler).from_config({**scheduler.config, **changes})
@@ -91,9 +83,8 @@ class StableDiffusion(DiffusionPipeline):
     @property
     def mask_processor(self) -> VaeImageProcessor:
         """Masks to tensors of zeros and ones."""
-        return VaeImageProcessor(
-            vae_scale_factor=self.latent_format.factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
-        )
+        binary: dict[str, Any] = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
+        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, **binary)
 
     def default_size(self) -> tuple[int, int]:
         """Height and width of a picture when none are given."""
@@ -119,26 +110,25 @@ class StableDiffusion(DiffusionPipeline):
         args = run.args
         run.batch = prompt_count(args) * args.num_images_per_prompt
         check_generators(run)
-        scale = args.guidance_scale
-        embedded = self.unet.config.time_cond_proj_dim is not None
-        if scale > 1 and not embedded:
+        scale, embedded_width = args.guidance_scale, self.unet.config.time_cond_proj_dim
+        guided = scale > 1 and embedded_width is None
+        if guided:
             run.guidance = ClassifierFreeGuidance(scale, args.guidance_rescale)
-        positive, negative = self.encode_prompt(
-            args.prompt,
-            run.device,
-            args.num_images_per_prompt,
-            run.guidance.branches > 1,
-            args.negative_prompt,
-            args.prompt_embeds,
-            args.negative_prompt_embeds,
-            clip_skip=args.clip_skip,
-            prompt_syntax=args.prompt_syntax,
+        taken = (
+            "num_images_per_prompt",
+            "negative_prompt",
+            "prompt_embeds",
+            "negative_prompt_embeds",
+            "clip_skip",
+            "prompt_syntax",
         )
+        options = {name: getattr(args, name) for name in taken}
+        positive, negative = self.encode_prompt(args.prompt, run.device, do_classifier_free_guidance=guided, **options)
         states = positive if negative is None else torch.cat([negative, positive])
         tensors: dict[str, torch.Tensor | None] = {"encoder_hidden_states": states}
-        if embedded:
+        if embedded_width is not None:
             weights = torch.full((run.batch,), float(scale) - 1, device=run.device)
-            tensors["timestep_cond"] = guidance_embedding(weights, self.unet.config.time_cond_proj_dim).to(states.dtype)
+            tensors["timestep_cond"] = guidance_embedding(weights, embedded_width).to(states.dtype)
         run.conditioning = Conditioning(tensors)
 
     def encode_prompt(
@@ -171,8 +161,7 @@ class StableDiffusion(DiffusionPipeline):
         else:
             prompts = [""] * len(prompt_embeds)
         if do_classifier_free_guidance and negative is None:
-            negatives = negative_texts(negative_prompt, len(prompts))
-            negative = encode(negatives, prompt_embeds.shape[1])
+            negative = encode(negative_texts(negative_prompt, len(prompts)), prompt_embeds.shape[1])
             if negative.shape[1] > prompt_embeds.shape[1]:
                 prompt_embeds = encode(prompts, negative.shape[1])
 
@@ -191,8 +180,8 @@ class StableDiffusion(DiffusionPipeline):
         if args.output_type == "latent":
             images: Any = run.latents
         else:
-            extras = vae_extras if type(self.vae).__name__ == "AsymmetricAutoencoderKL" else {}
-            extras = {k: v.to(run.device, self.vae.dtype) for k, v in extras.items()}
+            used = vae_extras if type(self.vae).__name__ == "AsymmetricAutoencoderKL" else {}
+            extras = {k: v.to(run.device, self.vae.dtype) for k, v in used.items()}
             decoded = self.latent_format.decode(run.latents.to(self.vae.dtype), args.generator, **extras)
             decoded, flags = self.run_safety_checker(decoded)
             normal = [not flag for flag in flags] if flags is not None else [True] * len(decoded)
@@ -207,14 +196,12 @@ class StableDiffusion(DiffusionPipeline):
             return image, None
         pictures = self.image_processor.postprocess(image, output_type="pil")
         pixels = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(image.device, self.compute_dtype)
-        checked, flags = self.safety_checker(images=image, clip_input=pixels)
-        return checked, flags
+        return self.safety_checker(images=image, clip_input=pixels)
 
     def preview_images(self, latents: torch.Tensor) -> list[Any]:
         """Small approximate pictures of latents."""
-        return self.image_processor.postprocess(
-            self.latent_format.preview(latents), output_type="pil", do_denormalize=[False] * len(latents)
-        )
+        pictures = self.latent_format.preview(latents)  # already in 0..1
+        return self.image_processor.postprocess(pictures, output_type="pil", do_denormalize=[False] * len(latents))
 
 
 def check_prompts(args: Any) -> None:
@@ -227,23 +214,21 @@ def check_prompts(args: Any) -> None:
     if args.negative_prompt is not None and args.negative_prompt_embeds is not None:
         raise ValueError("both negative_prompt and negative_prompt_embeds are given: pass one")
     for name in ("prompt", "negative_prompt"):
-        value = getattr(args, name)
-        if value is not None and not isinstance(value, str):
-            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-                raise ValueError(f"{name} must be a text or a list of texts, not {type(value).__name__}")
-            if not value:
+        text, embeds = getattr(args, name), getattr(args, f"{name}_embeds")
+        if text is not None and not isinstance(text, str):
+            if not isinstance(text, (list, tuple)) or not all(isinstance(item, str) for item in text):
+                raise ValueError(f"{name} must be a text or a list of texts, not {type(text).__name__}")
+            if not text:
                 raise ValueError(f"{name}=[] is empty: pass at least one text")
-    for name in ("prompt_embeds", "negative_prompt_embeds"):
-        value = getattr(args, name)
-        if value is not None and not (isinstance(value, torch.Tensor) and value.ndim == 3):
-            raise ValueError(f"{name} must be a tensor (B, N, D), not {getattr(value, 'shape', type(value).__name__)}")
-        if value is not None and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name} holds NaN or infinite values: encode the prompt in float32 or bfloat16")
-    pair = (args.prompt_embeds, args.negative_prompt_embeds)
-    if pair[0] is not None and pair[1] is not None and pair[0].shape != pair[1].shape:
-        raise ValueError(f"prompt_embeds {tuple(pair[0].shape)} and negative_prompt_embeds {tuple(pair[1].shape)} differ in shape")
-    if not isinstance(args.num_images_per_prompt, int) or args.num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt={args.num_images_per_prompt!r} must be a whole number of at least 1")
+        if embeds is not None:
+            if not (isinstance(embeds, torch.Tensor) and embeds.ndim == 3):
+                raise ValueError(f"{name}_embeds must be a tensor (B, N, D), not {getattr(embeds, 'shape', type(embeds).__name__)}")
+            if not bool(torch.isfinite(embeds).all()):
+                raise ValueError(f"{name}_embeds holds NaN or infinite values: encode the prompt in float32 or bfloat16")
+    shapes = [tuple(e.shape) for e in (args.prompt_embeds, args.negative_prompt_embeds) if e is not None]
+    if len(set(shapes)) == 2:
+        raise ValueError(f"prompt_embeds {shapes[0]} and negative_prompt_embeds {shapes[1]} differ in shape")
+    check_count(args, "num_images_per_prompt")
 
 
 def prompt_count(args: Any) -> int:
@@ -254,11 +239,7 @@ def prompt_count(args: Any) -> int:
 
 
 def negative_texts(negative: str | list[str] | None, count: int) -> list[str]:
-    """One negative text per prompt.
-
-    Raises:
-        ValueError: A list of another length.
-    """
+    """One negative text per prompt."""
     if negative is None or isinstance(negative, str):
         return [negative or ""] * count
     if len(negative) != count:
@@ -269,8 +250,8 @@ def negative_texts(negative: str | list[str] | None, count: int) -> list[str]:
 def check_generators(run: Run) -> None:
     """Refuses a list of generators that does not have one per picture."""
     generator = run.args.generator
-    each = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
-    if not all(isinstance(g, torch.Generator) for g in each):
+    each = generator if isinstance(generator, (list, tuple)) else [generator]
+    if generator is not None and not all(isinstance(g, torch.Generator) for g in each):
         raise TypeError(f"generator={generator!r} must be torch.Generator().manual_seed(seed), or a list of such")
     if isinstance(generator, (list, tuple)) and len(generator) != run.batch:
         raise ValueError(f"{len(generator)} generators for {run.batch} pictures: pass one, or one per picture")
@@ -288,8 +269,8 @@ def guidance_embedding(weights: torch.Tensor, width: int) -> torch.Tensor:
 class StableDiffusionPipeline(
     StableDiffusion,
     task=Task(),
-    call="prompt height width num_inference_steps timesteps sigmas guidance_scale negative_prompt num_images_per_prompt eta generator "
-    "latents prompt_embeds negative_prompt_embeds ip_adapter_image ip_adapter_image_embeds output_type return_dict "
+    call="prompt height width num_inference_steps timesteps sigmas guidance_scale negative_prompt num_images_per_prompt eta "
+    "generator latents prompt_embeds negative_prompt_embeds ip_adapter_image ip_adapter_image_embeds output_type return_dict "
     "cross_attention_kwargs guidance_rescale clip_skip callback_on_step_end callback_on_step_end_tensor_inputs",
     extra=EXTRA,
 ):
@@ -299,9 +280,9 @@ class StableDiffusionPipeline(
 class StableDiffusionImg2ImgPipeline(
     StableDiffusion,
     task=ImageToImage(),
-    call="prompt image strength num_inference_steps timesteps sigmas guidance_scale negative_prompt num_images_per_prompt eta generator "
-    "prompt_embeds negative_prompt_embeds ip_adapter_image ip_adapter_image_embeds output_type return_dict cross_attention_kwargs "
-    "clip_skip callback_on_step_end callback_on_step_end_tensor_inputs",
+    call="prompt image strength num_inference_steps timesteps sigmas guidance_scale negative_prompt num_images_per_prompt eta "
+    "generator prompt_embeds negative_prompt_embeds ip_adapter_image ip_adapter_image_embeds output_type return_dict "
+    "cross_attention_kwargs clip_skip callback_on_step_end callback_on_step_end_tensor_inputs",
     extra=EXTRA + " guidance_rescale",
 ):
     """Pictures from a picture and text."""
@@ -310,9 +291,9 @@ class StableDiffusionImg2ImgPipeline(
 class StableDiffusionInpaintPipeline(
     StableDiffusion,
     task=Inpaint(),
-    call="prompt image mask_image masked_image_latents height width padding_mask_crop strength num_inference_steps timesteps sigmas "
-    "guidance_scale negative_prompt num_images_per_prompt eta generator latents prompt_embeds negative_prompt_embeds ip_adapter_image "
-    "ip_adapter_image_embeds output_type return_dict cross_attention_kwargs clip_skip callback_on_step_end "
+    call="prompt image mask_image masked_image_latents height width padding_mask_crop strength num_inference_steps timesteps "
+    "sigmas guidance_scale negative_prompt num_images_per_prompt eta generator latents prompt_embeds negative_prompt_embeds "
+    "ip_adapter_image ip_adapter_image_embeds output_type return_dict cross_attention_kwargs clip_skip callback_on_step_end "
     "callback_on_step_end_tensor_inputs",
     extra=EXTRA + " guidance_rescale",
     defaults={"strength": 1.0},
@@ -337,29 +318,25 @@ class StableDiffusionDepth2ImgPipeline(
 ):
     """Pictures from a picture's depth and text."""
 
-    component_names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "depth_estimator", "feature_extractor")
+    component_names = (*PARTS, "depth_estimator", "feature_extractor")
     optional_components = ()
     options = {}
     output = ImagePipelineOutput
     adopts = {}
-
     safety_checker = None
 
     def depth_channel(self, run: Run) -> torch.Tensor:
         """Depth of the pictures as a channel in -1..1, (B, 1, h, w) at the size of the latents."""
         args = run.args
-        image = self.image_processor.preprocess(args.image)
-        height, width = image.shape[-2:]
+        height, width = self.image_processor.preprocess(args.image).shape[-2:]
         if args.depth_map is None:
             raw = args.image if isinstance(args.image, (list, tuple)) or not hasattr(args.image, "size") else [args.image]
             pixels = self.feature_extractor(images=raw, return_tensors="pt").pixel_values.to(run.device, self.compute_dtype)
             depth = self.depth_estimator(pixels).predicted_depth
         else:
             depth = args.depth_map.to(run.device, self.compute_dtype)
-        factor = self.latent_format.factor
-        depth = torch.nn.functional.interpolate(
-            depth.unsqueeze(1).float(), size=(height // factor, width // factor), mode="bicubic", align_corners=False
-        )
+        size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+        depth = torch.nn.functional.interpolate(depth.unsqueeze(1).float(), size=size, mode="bicubic", align_corners=False)
         low, high = depth.amin(dim=(1, 2, 3), keepdim=True), depth.amax(dim=(1, 2, 3), keepdim=True)
         depth = 2.0 * (depth - low) / (high - low) - 1.0
         return per_picture(depth.to(self.compute_dtype), run.batch, "depth map")
@@ -368,9 +345,9 @@ class StableDiffusionDepth2ImgPipeline(
 class StableDiffusionInstructPix2PixPipeline(
     StableDiffusion,
     task=InstructEdit(),
-    call="prompt image num_inference_steps guidance_scale image_guidance_scale negative_prompt num_images_per_prompt eta generator "
-    "latents prompt_embeds negative_prompt_embeds ip_adapter_image ip_adapter_image_embeds output_type return_dict callback_on_step_end "
-    "callback_on_step_end_tensor_inputs cross_attention_kwargs",
+    call="prompt image num_inference_steps guidance_scale image_guidance_scale negative_prompt num_images_per_prompt eta "
+    "generator latents prompt_embeds negative_prompt_embeds ip_adapter_image ip_adapter_image_embeds output_type return_dict "
+    "callback_on_step_end callback_on_step_end_tensor_inputs cross_attention_kwargs",
     extra=EXTRA + " clip_skip",
     defaults={"num_inference_steps": 100},
 ):
@@ -380,15 +357,13 @@ class StableDiffusionInstructPix2PixPipeline(
 
     def condition(self, run: Run) -> None:
         super().condition(run)
-        args = run.args
-        run.guidance = NoGuidance()
-        states = run.conditioning["encoder_hidden_states"]
+        args, states = run.args, run.conditioning["encoder_hidden_states"]
         if args.guidance_scale > 1.0 and args.image_guidance_scale >= 1.0:
             run.guidance = EditGuidance(args.guidance_scale, args.image_guidance_scale)
             negative, positive = states.chunk(2)
             states = torch.cat([positive, negative, negative])
         else:
-            states = states[-run.batch :]
+            run.guidance, states = NoGuidance(), states[-run.batch :]
         run.conditioning = run.conditioning.replace(encoder_hidden_states=states)
 
 
@@ -396,11 +371,10 @@ class NoisyUpscale(Task):
     """Condition on a low-resolution picture with noise of a known level added, as extra channels."""
 
     name = "upscale"
+    needs_image = "upscaling needs a picture"
 
     def check(self, run: Run) -> None:
         super().check(run)
-        if run.args.image is None:
-            raise ValueError("image=None: upscaling needs a picture")
         limit = run.pipe.max_noise_level
         if not 0 <= run.args.noise_level <= limit:
             raise ValueError(f"noise_level={run.args.noise_level} must lie in 0..{limit}")
@@ -429,18 +403,8 @@ class StableDiffusionUpscalePipeline(
 ):
     """Pictures four times as large, from a small picture and text."""
 
-    component_names = (
-        "vae",
-        "text_encoder",
-        "tokenizer",
-        "unet",
-        "low_res_scheduler",
-        "scheduler",
-        "safety_checker",
-        "feature_extractor",
-        "watermarker",
-    )
-    optional_components = ("safety_checker", "feature_extractor", "watermarker")
+    component_names = (*PARTS[:-1], "low_res_scheduler", "scheduler", *CHECKER, "watermarker")
+    optional_components = (*CHECKER, "watermarker")
     options = {"max_noise_level": 350}
     adopts = {}
 
@@ -457,8 +421,8 @@ class StableDiffusionUpscalePipeline(
 class StableDiffusionImageVariationPipeline(
     StableDiffusion,
     task=Task(),
-    call="image! height width num_inference_steps guidance_scale num_images_per_prompt eta generator latents output_type return_dict "
-    "callback callback_steps",
+    call="image! height width num_inference_steps guidance_scale num_images_per_prompt eta generator latents output_type "
+    "return_dict callback callback_steps",
     extra="callback_on_step_end callback_on_step_end_tensor_inputs guidance_rescale",
 ):
     """Variations of a picture, conditioned on its CLIP embedding."""
@@ -475,8 +439,7 @@ class StableDiffusionImageVariationPipeline(
         super().check(run)
 
     def condition(self, run: Run) -> None:
-        args = run.args
-        pixels = args.image
+        args, pixels = run.args, run.args.image
         if not isinstance(pixels, torch.Tensor):
             pixels = self.feature_extractor(images=pixels, return_tensors="pt").pixel_values
         weight = next(self.image_encoder.parameters())

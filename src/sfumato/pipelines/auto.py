@@ -23,9 +23,9 @@ class _Auto:
     @classmethod
     def _sibling(cls, name: str) -> type[DiffusionPipeline]:
         start = registry.load(name)
-        family = _family(start)
         for candidate in registry.pipelines(start.__module__):
-            if _family(candidate) is family and type(candidate.task) is cls.wanted:
+            # a public class states its family as its first base
+            if candidate.__bases__[0] is start.__bases__[0] and type(candidate.task) is cls.wanted:
                 return candidate
         raise ValueError(f"{cls.__name__}: the family of {name} has no {cls.wanted.name} pipeline")
 
@@ -41,11 +41,6 @@ class _Auto:
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
         """Builds the class for this task from another pipeline's components, without copying any weight."""
         return cls._sibling(type(pipeline).__name__).from_pipe(pipeline, **components)
-
-
-def _family(cls: type) -> type:
-    """The class that a public pipeline class states as its family: its first base."""
-    return cls.__bases__[0]
 
 
 class AutoPipelineForText2Image(_Auto):

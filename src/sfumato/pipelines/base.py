@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .. import weights
 from ..config import FORMAT_VERSION, FrozenConfig
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, did_you_mean, refuse_unknown
 from ..hub import PathLike, Source
 from ..models.base import single_device
 from . import loading, params
@@ -31,14 +30,13 @@ class DiffusionPipeline:
     ``class StableDiffusionPipeline(StableDiffusion, task=TextToImage(), call="prompt height ...")``.
 
     Class attributes:
-        component_names: Components in constructor order.
-        optional_components: Those that may be ``None``.
+        component_names: Components in constructor order; ``optional_components`` may be ``None``.
         options: Constructor options that are not components, with their defaults.
-        task: What the pipeline does.
-        call_signature: Its call arguments.
+        task: What the pipeline does; ``call_signature`` are its call arguments.
     """
 
     if TYPE_CHECKING:  # components and what a family provides
+        scheduler: Any
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -71,12 +69,10 @@ class DiffusionPipeline:
         if len(args) > len(names):
             raise TypeError(f"{cls.__name__} takes {len(names)} arguments ({', '.join(names)}), got {len(args)}")
         given = dict(zip(names, args, strict=False))
-        for name, value in kwargs.items():
-            if name not in names:
-                raise TypeError(f"{cls.__name__}() has no argument {name!r}{did_you_mean(name, names)}")
-            if name in given:
-                raise TypeError(f"{cls.__name__}() got {name!r} twice")
-            given[name] = value
+        refuse_unknown(kwargs, names, f"{cls.__name__}() has no argument")
+        for name in given.keys() & kwargs.keys():
+            raise TypeError(f"{cls.__name__}() got {name!r} twice")
+        given |= kwargs
         missing = [n for n in cls.component_names if n not in given and n not in cls.optional_components]
         if missing:
             raise TypeError(f"{cls.__name__}() lacks the component(s) {', '.join(missing)}")
@@ -102,9 +98,8 @@ class DiffusionPipeline:
         """What ``model_index.json`` says of this pipeline."""
         described = {name: loading.describe(component) for name, component in self.components.items()}
         own = {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION}
-        if self._name_or_path:
-            own["_name_or_path"] = self._name_or_path
-        return FrozenConfig({**own, **self._options, **described})
+        origin = {"_name_or_path": self._name_or_path} if self._name_or_path else {}
+        return FrozenConfig({**own, **origin, **self._options, **described})
 
     def modules(self) -> dict[str, nn.Module]:
         """Components that are networks."""
@@ -149,7 +144,7 @@ class DiffusionPipeline:
         """Loads a pipeline from a folder or a hub repository, written by this library or by the reference.
 
         Called on :class:`DiffusionPipeline` it returns the class that the repository names; called on a class it returns that
-        class, so that one repository serves several tasks.
+        class, so that one repository serves several tasks. :class:`~sfumato.hub.Source` explains the options not listed here.
 
         Args:
             pretrained_model_name_or_path: Folder or ``owner/repository``.
@@ -157,12 +152,6 @@ class DiffusionPipeline:
             dtype: Floating-point type, float32 when not given, or a dictionary by component name (with ``"default"``).
                 ``torch_dtype`` is the same argument.
             device_map: Device to load to.
-            revision: Branch, tag or commit.
-            token: Hub access token.
-            cache_dir: Hub cache folder.
-            local_files_only: Never use the network.
-            force_download: Fetch again what is cached.
-            use_safetensors: Must be true: pickle files are not read.
             **components: Ready components by name, or ``None`` for an optional one to leave out.
 
         Raises:
@@ -170,8 +159,7 @@ class DiffusionPipeline:
             ConfigError: ``model_index.json`` does not fit the class.
             WeightsError: Weights are missing, corrupt, pickled, or do not fit.
         """
-        if use_safetensors is False:
-            raise ValueError("use_safetensors=False asks for pickle weights, which can run code; convert them to safetensors")
+        weights.refuse_pickle(use_safetensors)
         source = Source(pretrained_model_name_or_path, revision, token, cache_dir, local_files_only, force_download)
         request = loading.LoadRequest(source, variant, loading.dtypes(dtype, torch_dtype), single_device(device_map))
         index = request.read_index(cls.config_name)
@@ -180,25 +168,20 @@ class DiffusionPipeline:
 
     @classmethod
     def _from_index(cls: type[_P], request: loading.LoadRequest, index: dict[str, Any], given: dict[str, Any]) -> _P:
-        for name in given:
-            if name not in cls.component_names and name not in cls.options:
-                known = (*cls.component_names, *cls.options)
-                raise TypeError(f"{cls.__name__}.from_pretrained has no argument or component {name!r}{did_you_mean(name, known)}")
+        names = cls.component_names
+        refuse_unknown(given, (*names, *cls.options), f"{cls.__name__}.from_pretrained has no argument or component")
+        for name in request.dtypes.keys() - {*names, "default"}:
+            raise ValueError(f"dtype names {name!r}, no component of {cls.__name__}{did_you_mean(name, names)}")
         options = {name: given.pop(name, index.get(name, default)) for name, default in cls.options.items()}
-        for name in request.dtypes:
-            if name not in (*cls.component_names, "default"):
-                raise ValueError(f"dtype names {name!r}, no component of {cls.__name__}{did_you_mean(name, cls.component_names)}")
-        entries = {n: index.get(n) or [None, None] for n in cls.component_names}
+        entries = {n: index.get(n) or [None, None] for n in names}
         for name, entry in entries.items():
             if not (isinstance(entry, list) and (entry[:1] == [None] or [type(e) for e in entry[:2]] == [str, str])):
                 raise ConfigError(f"{cls.config_name} of {request.source.name}: {name!r} is {entry!r}, expected [library, class]")
         wanted = [n for n, entry in entries.items() if n not in given and entry[0] is not None]
-        lacking = [n for n in cls.component_names if n not in given and n not in wanted and n not in cls.optional_components]
-        if lacking:
-            raise ConfigError(
-                f"{request.source.name} has no {lacking[0]!r}, which {cls.__name__} needs: pass {lacking[0]}=..., or use the class "
-                f"that the repository names, {index.get('_class_name')}"
-            )
+        for name in names:
+            if name not in given and name not in wanted and name not in cls.optional_components:
+                remedy = f"pass {name}=..., or use the class that the repository names, {index.get('_class_name')}"
+                raise ConfigError(f"{request.source.name} has no {name!r}, which {cls.__name__} needs: {remedy}")
         folder = request.fetch({name: index[name] for name in wanted})
         loaded = {name: request.load(folder, name, *index[name][:2]) for name in wanted}
         for name, component in given.items():
@@ -218,18 +201,9 @@ class DiffusionPipeline:
     ) -> None:
         """Writes every component into its folder and, last, ``model_index.json``; the reference loads the result.
 
-        Args:
-            save_directory: Folder, made if needed.
-            variant: File variant, such as ``"fp16"``; the parameters are written as they are.
-            max_shard_size: Bytes, or text such as ``"5GB"``; larger weights are split.
-            safe_serialization: Must be true: pickle files are not written.
+        The arguments are those of a network's ``save_pretrained``.
         """
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False asks for pickle weights; only safetensors is written")
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise NotADirectoryError(f"save_directory={str(folder)!r} is a file; pass a folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = weights.output_folder(save_directory, safe_serialization)
         for name, component in self.components.items():
             if component is not None:
                 loading.save_component(component, folder / name, variant, max_shard_size)
@@ -237,47 +211,30 @@ class DiffusionPipeline:
 
     @classmethod
     def from_pipe(cls: type[_P], pipeline: DiffusionPipeline, **components: Any) -> _P:
-        """Builds this pipeline from another one's components, without copying any weight.
-
-        Args:
-            pipeline: Another pipeline.
-            **components: Components or options that replace its own, or that it lacks.
-        """
+        """Builds this pipeline from another one's components, or those given in their place, without copying any weight."""
         theirs = {**pipeline.components, **pipeline._options}
         known = (*cls.component_names, *cls.options)
-        for name in components:
-            if name not in known:
-                raise TypeError(f"{cls.__name__}.from_pipe has no component {name!r}{did_you_mean(name, known)}")
+        refuse_unknown(components, known, f"{cls.__name__}.from_pipe has no component")
         merged = {**{k: v for k, v in theirs.items() if k in known}, **components}
-        missing = [n for n in cls.component_names if merged.get(n) is None and n not in cls.optional_components]
-        if missing:
-            raise ValueError(f"{type(pipeline).__name__} has no {missing[0]!r}, which {cls.__name__} needs: pass {missing[0]}=...")
+        for name in cls.component_names:
+            if merged.get(name) is None and name not in cls.optional_components:
+                raise ValueError(f"{type(pipeline).__name__} has no {name!r}, which {cls.__name__} needs: pass {name}=...")
         pipe = cls(**merged)
         pipe._name_or_path = pipeline._name_or_path
         return pipe
 
     # --- the call ---------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def start(self, *args: Any, **kwargs: Any) -> Run:
         """Sets a call up, with the arguments of the call, and returns its :class:`Run` before the first step."""
-        return self._start(params.bind(type(self).__name__, self.call_signature, args, kwargs))
-
-    @torch.no_grad()
-    def _start(self, arguments: SimpleNamespace) -> Run:
-        run = Run(self, arguments)
+        run = Run(self, params.bind(type(self).__name__, self.call_signature, args, kwargs))
         self.task.check(run)
         self.check(run)
         self.condition(run)
         self.task.schedule(run)
         self.task.prepare(run)
         return run
-
-    def _finish_with_progress(self, run: Run) -> Any:
-        with self.progress_bar(total=len(run.timesteps)) as bar:
-            while not run.done:
-                run.step()
-                bar.update()
-        return run.result()
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
         """A progress bar with this pipeline's settings."""
@@ -297,33 +254,27 @@ class DiffusionPipeline:
         raise TypeError(f"{type(self).__name__} is no runnable pipeline: use one of its public classes")
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Evaluates the denoiser.
-
-        Args:
-            x: Its input (N, C, H, W).
-            t: Time of each sample (N,).
-            conditioning: Everything else.
-        """
+        """Evaluates the denoiser on its input ``x`` (N, C, H, W) and the time ``t`` (N,) of each sample."""
         raise TypeError(f"{type(self).__name__} is no runnable pipeline: use one of its public classes")
 
 
 def _constructor_parameters(cls: type[DiffusionPipeline]) -> list[inspect.Parameter]:
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    empty = inspect.Parameter.empty
-    first_optional = len(cls.component_names)
-    while first_optional and cls.component_names[first_optional - 1] in cls.optional_components:
-        first_optional -= 1
-    parameters = [
-        inspect.Parameter(n, kind, default=None if i >= first_optional else empty) for i, n in enumerate(cls.component_names)
-    ]
-    return parameters + [inspect.Parameter(n, kind, default=d) for n, d in cls.options.items()]
+    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    required = max((i + 1 for i, n in enumerate(cls.component_names) if n not in cls.optional_components), default=0)
+    defaults = [(n, empty if i < required else None) for i, n in enumerate(cls.component_names)]
+    return [inspect.Parameter(n, kind, default=default) for n, default in (*defaults, *cls.options.items())]
 
 
 def _call_with(signature: inspect.Signature, summary: str) -> Any:
     """Makes the ``__call__`` of a public class: its signature and documentation come from the catalogue."""
 
-    def __call__(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return self._finish_with_progress(self.start(*args, **kwargs))
+    def __call__(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+        run = self.start(*args, **kwargs)
+        with self.progress_bar(total=len(run.timesteps)) as bar:
+            while not run.done:
+                run.step()
+                bar.update()
+        return run.result()
 
     __call__.__signature__ = signature  # type: ignore[attr-defined]
     __call__.__doc__ = f"{summary.splitlines()[0] if summary else ''}\n\n{params.document(signature)}"

@@ -26,10 +26,6 @@ class Conditioning(Mapping[str, torch.Tensor]):
         """Returns a copy with some tensors replaced or added."""
         return Conditioning({**self._tensors, **tensors})
 
-    def take(self, start: int, stop: int) -> Conditioning:
-        """Returns samples ``start`` to ``stop``."""
-        return Conditioning({k: v[start:stop] for k, v in self._tensors.items()})
-
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Joins along the batch. All parts have the same keywords."""

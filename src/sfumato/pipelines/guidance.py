@@ -30,10 +30,8 @@ class NoGuidance:
 class ClassifierFreeGuidance:
     """Branches [unconditional, conditional]; ``u + scale (c - u)`` (arXiv:2207.12598, eq. 6).
 
-    Attributes:
-        scale: Guidance scale ``w``; at 1 or below the unconditional branch is not evaluated.
-        rescale: Weight in 0..1 of the prediction brought back to the conditional one's standard deviation
-            (arXiv:2305.08891, eqs. 15-16).
+    At a ``scale`` of 1 or below the unconditional branch is not evaluated. ``rescale`` is the weight in 0..1 of the prediction
+    brought back to the conditional one's standard deviation (arXiv:2305.08891, eqs. 15-16).
     """
 
     scale: float
@@ -59,9 +57,7 @@ class ClassifierFreeGuidance:
 class EditGuidance:
     """Branches [text and picture, picture, neither] of InstructPix2Pix (arXiv:2211.09800, eq. 3).
 
-    Attributes:
-        scale: Weight of the instruction.
-        image_scale: Weight of the picture.
+    ``scale`` is the weight of the instruction, ``image_scale`` that of the picture.
     """
 
     scale: float

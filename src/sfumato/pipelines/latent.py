@@ -17,27 +17,19 @@ _RGB_LOCK = threading.Lock()
 
 @dataclass(frozen=True)
 class LatentFormat:
-    """The latents of an autoencoder: how large, how scaled.
+    """The latents of an autoencoder: how large, how scaled."""
 
-    Attributes:
-        vae: The autoencoder.
-        channels: Latent channels.
-        factor: Pixels per latent, in height and width.
-        scale: Latents are the autoencoder's values times this.
-    """
-
-    vae: Any
-    channels: int
-    factor: int
-    scale: float
+    vae: Any  # the autoencoder
+    channels: int  # of a latent
+    factor: int  # pixels per latent, in height and width
+    scale: float  # latents are the autoencoder's values times this
 
     @classmethod
     def of(cls, vae: Any) -> LatentFormat:
         """Reads the format from the autoencoder's configuration."""
         config = vae.config
-        blocks = (
-            config.get("block_out_channels") or config.get("down_block_out_channels") or config.get("encoder_block_out_channels")
-        )
+        names = ("block_out_channels", "down_block_out_channels", "encoder_block_out_channels")
+        blocks = next(config[name] for name in names if config.get(name))
         return cls(vae, config.latent_channels, 2 ** (len(blocks) - 1), config.scaling_factor)
 
     def shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -47,14 +39,11 @@ class LatentFormat:
     def encode(self, image: torch.Tensor, generator: Generators = None, mode: bool = False) -> torch.Tensor:
         """Encodes pictures ``(B, 3, H, W)`` in -1..1.
 
-        Args:
-            image: The pictures.
-            generator: Draws the posterior's sample; a list draws each picture's with its own.
-            mode: Take the posterior's mode, unscaled, as conditions by channels want it.
+        ``generator`` draws the posterior's sample, a list each picture's with its own. ``mode`` takes the posterior's mode instead,
+        unscaled, as conditions by channels want it.
         """
         if isinstance(generator, list) and not mode:
-            parts = [self.encode(image[i : i + 1], generator[i]) for i in range(image.shape[0])]
-            return torch.cat(parts)
+            return torch.cat([self.encode(image[i : i + 1], generator[i]) for i in range(len(image))])
         encoded = self.vae.encode(image.to(self.vae.dtype))
         if not hasattr(encoded, "latent_dist"):
             return encoded.latents if mode else encoded.latents * self.scale
@@ -64,10 +53,8 @@ class LatentFormat:
 
     def decode(self, latents: torch.Tensor, generator: Generators = None, **extras: torch.Tensor) -> torch.Tensor:
         """Decodes latents to pictures ``(B, 3, H, W)``, about -1..1."""
-        takes_generator = type(self.vae).__name__ in ("AutoencoderKL", "AsymmetricAutoencoderKL")
-        if takes_generator:
-            return self.vae.decode(latents / self.scale, generator=generator, return_dict=False, **extras)[0]
-        return self.vae.decode(latents / self.scale, return_dict=False, **extras)[0]
+        drawing = {"generator": generator} if type(self.vae).__name__ in ("AutoencoderKL", "AsymmetricAutoencoderKL") else {}
+        return self.vae.decode(latents / self.scale, return_dict=False, **drawing, **extras)[0]
 
     @torch.no_grad()
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
@@ -83,8 +70,7 @@ class LatentFormat:
                 generator = torch.Generator().manual_seed(0)
                 flat = torch.randn(16, self.channels, 1, 1, generator=generator)
                 latents = flat.expand(-1, -1, 8, 8).to(self.vae.device, self.vae.dtype)
-                picture = self.decode(latents)
-                colours = picture.float().mean(dim=(2, 3)).cpu()  # (16, 3)
+                colours = self.decode(latents).float().mean(dim=(2, 3)).cpu()  # (16, 3)
                 ones = torch.ones(len(colours), 1)
                 _RGB_FACTORS[self.vae] = torch.linalg.lstsq(torch.cat([flat[:, :, 0, 0], ones], 1), colours).solution
             return _RGB_FACTORS[self.vae]

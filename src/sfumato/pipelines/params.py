@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from ..errors import did_you_mean
+from ..errors import refuse_unknown
 
 
 class Parameter(NamedTuple):
@@ -60,10 +60,7 @@ CATALOGUE: dict[str, Parameter] = {
     "callback_on_step_end_tensor_inputs": Parameter(["latents"], "Names of the tensors that the callback receives."),
     "callback": Parameter(None, "`f(index, timestep, latents)` every `callback_steps` steps."),
     "callback_steps": Parameter(1, "Interval of `callback`."),
-    "prompt_syntax": Parameter(
-        "plain",
-        "`plain`, or `weighted`: `(word:1.3)`, `(word)`, `[word]`, `BREAK`, and prompts of any length in chunks of 75 tokens.",
-    ),
+    "prompt_syntax": Parameter("plain", "`plain`, or `weighted`: `(word:1.3)`, `(word)`, `[word]`, `BREAK`, and any length."),
 }
 
 
@@ -79,7 +76,7 @@ def build_signature(names: str, extra: str = "", defaults: Mapping[str, Any] | N
     for kind, text in ((inspect.Parameter.POSITIONAL_OR_KEYWORD, names), (inspect.Parameter.KEYWORD_ONLY, extra)):
         for word in text.split():
             name = word.removesuffix("!")
-            default = {**{name: CATALOGUE[name].default}, **(defaults or {})}[name]
+            default = (defaults or {}).get(name, CATALOGUE[name].default)
             parameters.append(inspect.Parameter(name, kind, default=inspect.Parameter.empty if word.endswith("!") else default))
     return inspect.Signature(parameters)
 
@@ -94,20 +91,12 @@ def document(signature: inspect.Signature) -> str:
 
 
 def bind(owner: str, signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> SimpleNamespace:
-    """Maps the arguments of a call to their names; names outside the signature have the catalogue's defaults.
-
-    Raises:
-        TypeError: An argument is unknown, missing or given twice.
-    """
-    for name in kwargs:
-        if name not in signature.parameters or name == "self":
-            raise TypeError(f"{owner} takes no argument {name!r}{did_you_mean(name, signature.parameters)}")
+    """Maps the arguments of a call to their names; names outside the signature have the catalogue's defaults."""
+    refuse_unknown(kwargs, [*signature.parameters][1:], f"{owner} takes no argument")
     try:
         bound = signature.bind(None, *args, **kwargs)
     except TypeError as error:
         raise TypeError(f"{owner}: {error}") from None
     bound.apply_defaults()
-    values = {name: parameter.default for name, parameter in CATALOGUE.items()}
-    values.update(bound.arguments)
-    del values["self"]
-    return SimpleNamespace(**values)
+    given = {name: value for name, value in bound.arguments.items() if name != "self"}
+    return SimpleNamespace(**{name: parameter.default for name, parameter in CATALOGUE.items()} | given)

@@ -31,17 +31,11 @@ class RunCancelled(SfumatoError):
 
 @dataclass(frozen=True)
 class Request:
-    """One evaluation of the denoiser that a run asks for.
+    """One evaluation of the denoiser that a run asks for."""
 
-    Attributes:
-        latents: Input of the denoiser (N, C, H, W), extra channels included.
-        timesteps: Time of each sample (N,).
-        conditioning: Everything else, N samples of each tensor.
-    """
-
-    latents: torch.Tensor
-    timesteps: torch.Tensor
-    conditioning: Conditioning
+    latents: torch.Tensor  # its input (N, C, H, W), extra channels included
+    timesteps: torch.Tensor  # time of each sample (N,)
+    conditioning: Conditioning  # everything else, N samples of each tensor
 
     def fits(self, other: Request) -> bool:
         """Whether both can be evaluated in one forward pass."""
@@ -88,38 +82,22 @@ def accepted(function: Any) -> frozenset[str]:
 
 
 class Run:
-    """All state of one call.
-
-    Attributes:
-        pipe: The pipeline, never changed.
-        args: The call's arguments by name.
-        scheduler: This run's own copy.
-        batch: Number of pictures.
-        guidance: How predictions combine.
-        conditioning: Tensors for the denoiser, all guidance branches stacked along the batch.
-        channels: Extra channels beside the latents, all branches stacked, or ``None``.
-        timesteps: Times of the steps, descending.
-        index: The next step.
-        latents: Current latents (B, C, h, w).
-        denoised: Last prediction of the clean latents, where the scheduler tells.
-        kept: What the task keeps for its later phases.
-        step_options: Keywords of every scheduler step.
-    """
+    """All state of one call; the fields below are public, but the last two."""
 
     def __init__(self, pipe: DiffusionPipeline, args: SimpleNamespace) -> None:
-        self.pipe = pipe
-        self.args = args
-        self.scheduler: Any = pipe.scheduler.fresh()
-        self.batch = 0
-        self.guidance: Guidance = NoGuidance()
-        self.conditioning = Conditioning()
-        self.channels: torch.Tensor | None = None
-        self.timesteps = torch.empty(0)
-        self.index = 0
-        self.latents = torch.empty(0)
-        self.denoised: torch.Tensor | None = None
-        self.kept: Any = None
-        self.step_options: dict[str, Any] = {}
+        self.pipe = pipe  # never changed
+        self.args = args  # the call's arguments by name
+        self.scheduler: Any = pipe.scheduler.fresh()  # this run's own copy
+        self.batch = 0  # number of pictures
+        self.guidance: Guidance = NoGuidance()  # how predictions combine
+        self.conditioning = Conditioning()  # tensors for the denoiser, all guidance branches stacked along the batch
+        self.channels: torch.Tensor | None = None  # extra channels beside the latents, all branches stacked
+        self.timesteps = torch.empty(0)  # times of the steps, descending
+        self.index = 0  # the next step
+        self.latents = torch.empty(0)  # (B, C, h, w), now
+        self.denoised: torch.Tensor | None = None  # last prediction of the clean latents, where the scheduler tells
+        self.kept: Any = None  # what the task keeps for its later phases
+        self.step_options: dict[str, Any] = {}  # keywords of every scheduler step
         self._stop: str | None = None
         self._result: Any = None
 
@@ -163,7 +141,7 @@ class Run:
         """What the next step needs evaluated."""
         count = self.branch_count()
         x, t = self.latents, self.timesteps[self.index]
-        if self.task.scales_channels:
+        if self.task.scales_channels and self.channels is not None:
             x = self.scheduler.scale_model_input(torch.cat([x, self.channels], dim=1), t)
             return [Request(x, t.expand(len(x)), self.conditioning)]
         x = self.scheduler.scale_model_input(x, t)
@@ -226,12 +204,12 @@ class Run:
 
     def tensor(self, name: str) -> torch.Tensor | None:
         """The tensor that a step callback knows by ``name``."""
+        stacked = self.conditioning.get("encoder_hidden_states")
         if name == "latents":
             return self.latents
         if name == "prompt_embeds":
-            return self.conditioning.get("encoder_hidden_states")
+            return stacked
         if name == "negative_prompt_embeds":
-            stacked = self.conditioning.get("encoder_hidden_states")
             return None if stacked is None or self.guidance.branches != 2 else stacked[: self.batch]
         return self.task.named_tensor(self, name)
 

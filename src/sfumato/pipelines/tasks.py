@@ -30,7 +30,7 @@ class Task:
     name: ClassVar[str] = "text-to-image"
     callback_tensors: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "negative_prompt_embeds")
     scales_channels: ClassVar[bool] = False
-    needs_image: ClassVar[str] = ""  # what is wrong with a call without a picture, if anything
+    needs_image: ClassVar[str] = ""  # why a call without a picture cannot work, where it cannot
 
     def check(self, run: Run) -> None:
         """Refuses arguments that cannot work, before any work is done."""

@@ -29,8 +29,7 @@ def encode_clip(
     """Encodes prompts with a CLIP text model (arXiv:2103.00020).
 
     Args:
-        tokenizer: A CLIP tokenizer.
-        text_encoder: A ``CLIPTextModel``.
+        tokenizer, text_encoder: A CLIP tokenizer and its ``CLIPTextModel``.
         prompts: One text per row.
         clip_skip: Layers to skip from the end; the final normalisation still applies.
         syntax: ``"plain"`` pads or cuts to the model's length, with a warning for what is cut; ``"weighted"`` reads the grammar of
@@ -60,9 +59,7 @@ def _run_encoder(text_encoder: Any, ids: torch.Tensor, mask: torch.Tensor | None
     states = text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
     if not 0 <= clip_skip < len(states):
         raise ValueError(f"clip_skip={clip_skip} must lie in 0..{len(states) - 1}, the layers of this text encoder")
-    hidden = states[-(clip_skip + 1)]
-    body = getattr(text_encoder, "text_model", text_encoder)
-    return body.final_layer_norm(hidden)
+    return getattr(text_encoder, "text_model", text_encoder).final_layer_norm(states[-(clip_skip + 1)])
 
 
 def _encode_weighted(tokenizer: Any, text_encoder: Any, prompts: list[str], clip_skip: int | None, length: int) -> torch.Tensor:
@@ -74,8 +71,7 @@ def _encode_weighted(tokenizer: Any, text_encoder: Any, prompts: list[str], clip
     device = text_encoder.device
     ids = torch.tensor([[ids for ids, _ in row] for row in rows], device=device)  # (B, chunks, limit)
     weights = torch.tensor([[w for _, w in row] for row in rows], device=device)
-    encoded = _run_encoder(text_encoder, ids.flatten(0, 1), None, clip_skip)
-    encoded = encoded.unflatten(0, (len(prompts), count))  # (B, chunks, limit, D)
+    encoded = _run_encoder(text_encoder, ids.flatten(0, 1), None, clip_skip).unflatten(0, ids.shape[:2])  # (B, chunks, limit, D)
     weights = weights.to(encoded.dtype).unsqueeze(-1)
     if bool((weights != 1).any()):
         # Scaling tokens shifts the mean of a chunk; it is brought back so that weights stress words and nothing else.
@@ -117,9 +113,8 @@ def _special(tokenizer: Any, tokens: list[tuple[int, float]], limit: int) -> tup
 
 def encode_clip_pooled(tokenizer: Any, text_encoder: Any, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Encodes prompts to the last layer's states before the final normalisation (B, 77, D), and the pooled embedding (B, D)."""
+    limit = tokenizer.model_max_length
     with _TOKENIZER_LOCK:
-        tokens = tokenizer(
-            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
+        tokens = tokenizer(prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
     out = text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=True)
     return out.hidden_states[-1], out.pooler_output
