@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from unet_configs import CONDITIONED, PLAIN, PUBLISHED, TINY, UNCONDITIONED
 
 from sfumato.errors import ConfigError
+from sfumato.models.layers import compute
+from sfumato.models.layers.compute import Conv2d
 from sfumato.models.unets.unet_2d import UNet2DModel
 from sfumato.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -379,3 +383,56 @@ def test_early_attention_names_load() -> None:
 
     tensors = model.state_dict()
     assert UNet2DModel.upgrade_state_dict({early(key): value for key, value in tensors.items()}).keys() == tensors.keys()
+
+
+@torch.no_grad()
+def test_ordered_weights_follow_every_change() -> None:
+    """A large convolution keeps a copy of its weights in the processor's order, which must never be stale nor be saved."""
+    conv, x = Conv2d(512, 512, 3, padding=1), noise(2, 512, 8, 8)
+
+    def check() -> None:
+        expected = F.conv2d(x, conv.weight, conv.bias, padding=1)
+        torch.testing.assert_close(conv(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        assert conv._ordered is not None
+
+    check()
+    assert list(conv.state_dict()) == ["weight", "bias"]
+    assert copy.deepcopy(conv)._ordered is None
+    conv.weight.mul_(2)
+    check()
+    conv.weight.data.mul_(2)
+    check()
+    conv.bfloat16()
+    assert conv._ordered is None
+    conv.float()
+    check()
+    conv.load_state_dict({key: noise(*value.shape, seed=2) for key, value in conv.state_dict().items()}, assign=True)
+    check()
+    conv.to(memory_format=torch.channels_last)
+    check()
+    with torch.inference_mode():
+        check()
+
+
+def test_ordered_weights_stay_out_of_the_way() -> None:
+    conv, x = Conv2d(512, 512, 3, padding=1), noise(1, 512, 4, 4)
+    conv(x).sum().backward()
+    assert conv.weight.grad is not None
+    with torch.no_grad():
+        torch.compile(conv, fullgraph=True, backend="eager")(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert conv(x).dtype == torch.bfloat16
+        assert conv.to("meta")(x.to("meta")).shape == x.shape
+    assert conv._ordered is None
+
+
+@torch.no_grad()
+def test_bfloat16_is_no_less_precise_than_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "_lacks_bfloat16", lambda: True)
+    for layer, x in ((Conv2d(64, 64, 3, padding=1), noise(1, 64, 32, 32)), (compute.Linear(64, 64), noise(512, 64))):
+        plain = F.conv2d if isinstance(layer, Conv2d) else F.linear
+        layer, x = layer.bfloat16(), x.bfloat16()
+        emulated = plain(x, layer.weight, layer.bias, **({"padding": 1} if isinstance(layer, Conv2d) else {}))
+        result, exact = layer(x), layer.double()(x.double())
+        assert result.dtype == torch.bfloat16
+        assert (result - exact).norm() <= 1.05 * (emulated - exact).norm()

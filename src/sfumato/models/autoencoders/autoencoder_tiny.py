@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..base import ModelMixin
 from ..layers.resnet import activate, activation
 from .outputs import AutoencoderTinyOutput, DecoderOutput
 from .tiling import TilingMixin, tile_and_paste
-from .vae import RunBlock, call_block, check_input
+from .vae import Autoencoder, RunBlock, call_block, check_input
 
 
 class AutoencoderTinyBlock(nn.Module):
@@ -34,8 +33,6 @@ class AutoencoderTinyBlock(nn.Module):
 
 
 class _TinyStack(nn.Module):
-    """Layers called one after the other."""
-
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.Sequential(*layers)
@@ -66,15 +63,9 @@ class DecoderTiny(_TinyStack):
     """Latents ``(B, L, h, w)`` -> picture in -1..1, ``(B, C, h*f, w*f)``."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        num_blocks: Sequence[int],
-        widths: Sequence[int],
-        act_fn: str,
-        factor: int,
+        self, in_channels: int, out_channels: int, num_blocks: Sequence[int], widths: Sequence[int], act_fn: str, factor: int,
         upsample_fn: str,
-    ) -> None:
+    ) -> None:  # fmt: skip
         layers: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 3, padding=1), activation(act_fn)]
         for level, (count, width) in enumerate(zip(num_blocks, widths, strict=True)):
             last = level == len(num_blocks) - 1
@@ -89,48 +80,29 @@ class DecoderTiny(_TinyStack):
         return super().forward(torch.tanh(x / 3) * 3, run).mul(2).sub(1)
 
 
-class AutoencoderTiny(ModelMixin, TilingMixin):
+class AutoencoderTiny(Autoencoder, TilingMixin):
     """Tiny autoencoder: its latents are near those of the full one, at a hundredth of the cost.
 
     Args:
-        in_channels: Channels of the picture.
-        out_channels: Channels of the decoded picture.
-        encoder_block_out_channels: Width of each level of the encoder; equal widths.
-        decoder_block_out_channels: Width of each level of the decoder; equal widths.
+        in_channels, out_channels, latent_channels: Of the picture, of the decoded picture, of the latents.
+        encoder_block_out_channels, decoder_block_out_channels: Width of each level; equal widths.
         act_fn: Activation inside the blocks.
-        upsample_fn: Interpolation between the decoder's levels, ``"nearest"`` or ``"bilinear"``.
-        latent_channels: Channels of the latents.
-        upsampling_scaling_factor: Enlargement between the decoder's levels.
-        num_encoder_blocks: Blocks of each level of the encoder.
-        num_decoder_blocks: Blocks of each level of the decoder.
-        latent_magnitude: Latents in -magnitude..magnitude are scaled to 0..1 by :meth:`scale_latents`.
-        latent_shift: Added in that scaling.
-        force_upcast: For pipelines: whether half precision overflows. It does not.
-        scaling_factor: For pipelines: factor between its latents and the denoiser's.
-        shift_factor: For pipelines: shift between them.
+        upsample_fn, upsampling_scaling_factor: Interpolation (``"nearest"``, ``"bilinear"``) and enlargement between levels.
+        num_encoder_blocks, num_decoder_blocks: Blocks of each level.
+        latent_magnitude, latent_shift: :meth:`scale_latents` maps -magnitude..magnitude to 0..1, with this shift.
+        force_upcast, scaling_factor, shift_factor: For pipelines.
 
     Raises:
         ValueError: The numbers of blocks and of widths differ.
     """
 
     def __init__(
-        self,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64),
-        decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64),
-        act_fn: str = "relu",
-        upsample_fn: str = "nearest",
-        latent_channels: int = 4,
-        upsampling_scaling_factor: int = 2,
-        num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3),
-        num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1),
-        latent_magnitude: int = 3,
-        latent_shift: float = 0.5,
-        force_upcast: bool = False,
-        scaling_factor: float = 1.0,
-        shift_factor: float = 0.0,
-    ) -> None:
+        self, in_channels: int = 3, out_channels: int = 3, encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64),
+        decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64), act_fn: str = "relu", upsample_fn: str = "nearest",
+        latent_channels: int = 4, upsampling_scaling_factor: int = 2, num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3),
+        num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1), latent_magnitude: int = 3, latent_shift: float = 0.5,
+        force_upcast: bool = False, scaling_factor: float = 1.0, shift_factor: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         for part, widths, blocks in (
             ("encoder", encoder_block_out_channels, num_encoder_blocks),
@@ -142,15 +114,8 @@ class AutoencoderTiny(ModelMixin, TilingMixin):
                     "expected as many widths as numbers of blocks, and equal widths"
                 )
         self.encoder = EncoderTiny(in_channels, latent_channels, num_encoder_blocks, encoder_block_out_channels, act_fn)
-        self.decoder = DecoderTiny(
-            latent_channels,
-            out_channels,
-            num_decoder_blocks,
-            decoder_block_out_channels,
-            act_fn,
-            upsampling_scaling_factor,
-            upsample_fn,
-        )
+        widths, factor = decoder_block_out_channels, upsampling_scaling_factor
+        self.decoder = DecoderTiny(latent_channels, out_channels, num_decoder_blocks, widths, act_fn, factor, upsample_fn)
         self.register_to_config(block_out_channels=list(decoder_block_out_channels))
         self.spatial_scale_factor = 2 ** (len(encoder_block_out_channels) - 1)
         self.tile_overlap_factor = 0.125
@@ -165,58 +130,34 @@ class AutoencoderTiny(ModelMixin, TilingMixin):
         """Maps 0..1 back to raw latents."""
         return x.sub(self.config.latent_shift).mul(2 * self.config.latent_magnitude)
 
-    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+    def _encode(self, x: torch.Tensor) -> AutoencoderTinyOutput:
+        return AutoencoderTinyOutput(self.sliced(self._latents, x))
+
+    def _latents(self, x: torch.Tensor) -> torch.Tensor:
+        tile, scale = self.tile_sample_min_size, self.spatial_scale_factor
         if not self.use_tiling:
             return self.encoder(x, self.run_block)
-        overlap = int(self.tile_sample_min_size * self.tile_overlap_factor)
-        scale = self.spatial_scale_factor
-        return tile_and_paste(x, self.encoder, self.tile_sample_min_size, overlap, lambda size: -(-size // scale))
+        return tile_and_paste(x, self.encoder, tile, int(tile * self.tile_overlap_factor), lambda size: -(-size // scale))
 
-    def _decode(self, z: torch.Tensor) -> torch.Tensor:
+    def _picture(self, z: torch.Tensor) -> torch.Tensor:
+        tile, scale = self.tile_latent_min_size, self.spatial_scale_factor
         if not self.use_tiling:
             return self.decoder(z, self.run_block)
-        overlap = int(self.tile_latent_min_size * self.tile_overlap_factor)
-        scale = self.spatial_scale_factor
-        return tile_and_paste(z, self.decoder, self.tile_latent_min_size, overlap, lambda size: size * scale)
-
-    def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[torch.Tensor]:
-        """Encodes pictures.
-
-        Args:
-            x: Pictures in -1..1, ``(B, C, H, W)``.
-            return_dict: Return an output object rather than a tuple.
-
-        Returns:
-            Latents ``(B, L, H/8, W/8)``.
-        """
-        check_input(x, "x", self.config.in_channels)
-        latents = self.sliced(self._encode, x)
-        return AutoencoderTinyOutput(latents) if return_dict else (latents,)
+        return tile_and_paste(z, self.decoder, tile, int(tile * self.tile_overlap_factor), lambda size: size * scale)
 
     def decode(
         self, x: torch.Tensor, generator: torch.Generator | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[torch.Tensor]:
-        """Decodes latents.
+        """Decodes latents ``x`` (B, L, h, w) into pictures about -1..1, ``(B, C, h*f, w*f)``.
 
-        Args:
-            x: Latents ``(B, L, h, w)``.
-            generator: Taken for the sake of a common call; decoding draws nothing.
-            return_dict: Return an output object rather than a tuple.
-
-        Returns:
-            Pictures about -1..1, ``(B, C, 8h, 8w)``.
+        ``generator`` is taken for the sake of a common call; decoding draws nothing.
         """
         check_input(x, "x", self.config.latent_channels)
-        sample = self.sliced(self._decode, x)
+        sample = self.sliced(self._picture, x)
         return DecoderOutput(sample) if return_dict else (sample,)
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
-        """Encodes, rounds the latents to bytes as when they are kept as a picture, and decodes.
-
-        Args:
-            sample: Pictures in -1..1, ``(B, C, H, W)``.
-            return_dict: Return an output object rather than a tuple.
-        """
-        latents = self.encode(sample).latents  # type: ignore[union-attr]
+        """Encodes pictures, rounds the latents to bytes as when they are kept as a picture, and decodes."""
+        latents = self.encode(sample).latents
         stored = self.scale_latents(latents).mul(255).round().byte()
         return self.decode(self.unscale_latents(stored.to(latents.dtype) / 255), return_dict=return_dict)

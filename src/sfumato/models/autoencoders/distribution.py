@@ -14,30 +14,19 @@ class DiagonalGaussianDistribution:
     """Independent normal distributions.
 
     Args:
-        parameters: Mean and log-variance stacked along dimension 1, ``(B, 2L, ...)``.
+        parameters: Mean and log-variance stacked along dimension 1, ``(B, 2L, ...)``; the latter is kept within -30..20.
         deterministic: The variance is taken as zero: samples are the mean.
-
-    Attributes:
-        mean: ``(B, L, ...)``.
-        logvar: The same shape, within -30..20.
-        std: Standard deviation.
-        var: Variance.
     """
 
     def __init__(self, parameters: torch.Tensor, deterministic: bool = False) -> None:
-        self.parameters = parameters
-        self.deterministic = deterministic
+        self.parameters, self.deterministic = parameters, deterministic
         self.mean, logvar = parameters.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
         self.std = torch.zeros_like(self.mean) if deterministic else torch.exp(self.logvar / 2)
         self.var = torch.zeros_like(self.mean) if deterministic else torch.exp(self.logvar)
 
     def sample(self, generator: Generators = None) -> torch.Tensor:
-        """Draws ``mean + std * noise``.
-
-        Args:
-            generator: Source of the noise; a list gives one per sample of the batch.
-        """
+        """Draws ``mean + std * noise``; a list of generators gives one per sample of the batch."""
         noise = randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + self.std * noise
 

@@ -12,45 +12,26 @@ from .distribution import DiagonalGaussianDistribution
 
 @dataclass
 class AutoencoderKLOutput(BaseOutput):
-    """Encoded pictures.
-
-    Attributes:
-        latent_dist: Distribution of the latents: ``.sample(generator)`` draws, ``.mode()`` is its centre.
-    """
+    """Encoded pictures: ``latent_dist.sample(generator)`` draws latents, ``latent_dist.mode()`` is their centre."""
 
     latent_dist: DiagonalGaussianDistribution
 
 
 @dataclass
 class AutoencoderTinyOutput(BaseOutput):
-    """Encoded pictures.
-
-    Attributes:
-        latents: ``(B, L, h, w)``.
-    """
+    """Encoded pictures: ``latents`` (B, L, h, w)."""
 
     latents: torch.Tensor
 
 
 @dataclass
-class VQEncoderOutput(BaseOutput):
-    """Encoded pictures, not quantised yet.
-
-    Attributes:
-        latents: ``(B, L, h, w)``.
-    """
-
-    latents: torch.Tensor
+class VQEncoderOutput(AutoencoderTinyOutput):
+    """Encoded pictures, not quantised yet: ``latents`` (B, L, h, w)."""
 
 
 @dataclass
 class DecoderOutput(BaseOutput):
-    """Decoded pictures.
-
-    Attributes:
-        sample: ``(B, C, H, W)``, about -1..1.
-        commit_loss: Of a quantised autoencoder, for its training.
-    """
+    """Decoded pictures ``sample`` (B, C, H, W), about -1..1; of a quantised autoencoder also its training loss."""
 
     sample: torch.Tensor
     commit_loss: torch.Tensor | None = None

@@ -38,22 +38,14 @@ class TilingMixin:
 
     def sliced(self, work: Piece, x: torch.Tensor) -> torch.Tensor:
         """Calls ``work`` on the batch, or on one sample at a time when slicing is on."""
-        if self.use_slicing and x.shape[0] > 1:
-            return torch.cat([work(sample) for sample in x.split(1)])
-        return work(x)
+        return torch.cat([work(sample) for sample in x.split(1)]) if self.use_slicing and x.shape[0] > 1 else work(x)
 
 
 def blend(before: torch.Tensor, after: torch.Tensor, extent: int, dim: int) -> torch.Tensor:
     """Fades the end of one tile into the start of the next.
 
-    Args:
-        before: The tile above, or to the left.
-        after: The tile whose first ``extent`` rows or columns are replaced, by ``(1 - i/extent) before + i/extent after``.
-        extent: Width of the fade; less where a tile is smaller.
-        dim: Dimension along which the tiles follow each other.
-
-    Returns:
-        ``after``, with its start faded.
+    The first ``extent`` rows or columns of ``after`` (less where a tile is smaller) become
+    ``(1 - i/extent) before + i/extent after``.
     """
     extent = min(before.shape[dim], after.shape[dim], extent)
     if extent == 0:
@@ -69,13 +61,8 @@ def blend(before: torch.Tensor, after: torch.Tensor, extent: int, dim: int) -> t
 def tile_and_fade(x: torch.Tensor, work: Piece, tile: int, step: int, fade: int, keep: int) -> torch.Tensor:
     """Works on overlapping tiles; each fades into its neighbours above and to the left and gives its first part.
 
-    Args:
-        x: ``(B, C, H, W)``.
-        work: Encoder or decoder of one tile.
-        tile: Edge of the tiles of ``x``.
-        step: Distance between their corners.
-        fade: Width of the fade in the result.
-        keep: Edge of what each tile gives to the result.
+    ``x`` (B, C, H, W) is cut every ``step`` into tiles of edge ``tile``; ``fade`` and ``keep`` are measured in the result: the
+    width of the fade, and the edge of what each tile gives.
     """
     rows: list[list[torch.Tensor]] = []
     for top in range(0, x.shape[-2], step):
@@ -94,12 +81,7 @@ def tile_and_fade(x: torch.Tensor, work: Piece, tile: int, step: int, fade: int,
 def tile_and_paste(x: torch.Tensor, work: Piece, tile: int, overlap: int, resize: Callable[[int], int]) -> torch.Tensor:
     """Works on overlapping tiles, pasting each over the result with a ramp from 0 to 1 across the overlap.
 
-    Args:
-        x: ``(B, C, H, W)``.
-        work: Encoder or decoder of one tile.
-        tile: Edge of the tiles of ``x``.
-        overlap: Width of the overlap in ``x``.
-        resize: Length in ``x`` -> length in the result.
+    ``tile`` and ``overlap`` are measured in ``x`` (B, C, H, W); ``resize`` turns such a length into one of the result.
     """
     ramp = torch.linspace(0, 1, resize(overlap), device=x.device, dtype=x.dtype)
     height, width = x.shape[-2:]

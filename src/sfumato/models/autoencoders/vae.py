@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..layers.attention import Attention
-from ..layers.conv import pixels_last
-from ..layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, activate, activation
+from ...outputs import BaseOutput
+from ..base import ModelMixin
+from ..layers.attention import Attention, upgrade_attention_names
+from ..layers.compute import Conv2d, pixels_last
+from ..layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, activate
 
 RunBlock = Callable[..., torch.Tensor]
 """Calls a block with its arguments, perhaps through gradient checkpointing."""
 
 EPS = 1e-6
-DOWN_BLOCK_TYPES = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
-UP_BLOCK_TYPES = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
+DOWN_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
+UP_BLOCKS = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 
 
 def call_block(block: nn.Module, *args: Any) -> torch.Tensor:
@@ -27,12 +30,7 @@ def call_block(block: nn.Module, *args: Any) -> torch.Tensor:
 
 
 def check_input(x: torch.Tensor, name: str, channels: int) -> None:
-    """Refuses what is not a batch of pictures or latents.
-
-    Raises:
-        TypeError: Not a tensor.
-        ValueError: Not ``(B, channels, H, W)``.
-    """
+    """Raises a ``TypeError`` for what is no tensor, a ``ValueError`` for what is not ``(B, channels, H, W)``."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}, expected a tensor (B, {channels}, H, W)")
     if x.dim() != 4 or x.shape[1] != channels:
@@ -49,14 +47,48 @@ def _with_attention(kinds: Sequence[str], widths: Sequence[int], known: dict[str
     return [known[kind] for kind in kinds]
 
 
+class Autoencoder(ModelMixin):
+    """What the autoencoders share; each says in ``_encode`` what becomes of pictures."""
+
+    encoder: nn.Module
+    quant_conv: nn.Module | None
+
+    @classmethod
+    def upgrade_state_dict(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Renames the attention projections of early checkpoints."""
+        return upgrade_attention_names(tensors)
+
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
+        """Encodes pictures.
+
+        Args:
+            x: Pictures in -1..1, ``(B, C, H, W)``.
+            return_dict: Return an output object rather than a tuple.
+
+        Returns:
+            The latents ``(B, L, H/f, W/f)``, or their distribution.
+        """
+        check_input(x, "x", self.config.in_channels)
+        encoded = self._encode(x)
+        return encoded if return_dict else encoded.to_tuple()
+
+    def _encode(self, x: torch.Tensor) -> BaseOutput:
+        raise NotImplementedError
+
+    def _features(self, x: torch.Tensor) -> torch.Tensor:
+        """Pictures -> latents, or the mean and log-variance of their distribution."""
+        h = self.encoder(x, run=self.run_block)
+        return h if self.quant_conv is None else self.quant_conv(h)
+
+
 class SpatialNorm(nn.Module):
     """Group normalisation scaled and shifted per pixel by the quantised latents (MoVQ, arXiv:2209.09002, equation 4)."""
 
     def __init__(self, channels: int, latent_channels: int) -> None:
         super().__init__()
         self.norm_layer = nn.GroupNorm(32, channels, eps=EPS)
-        self.conv_y = nn.Conv2d(latent_channels, channels, 1)
-        self.conv_b = nn.Conv2d(latent_channels, channels, 1)
+        self.conv_y = Conv2d(latent_channels, channels, 1)
+        self.conv_b = Conv2d(latent_channels, channels, 1)
 
     def forward(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """``x`` (B, C, H, W), ``latents`` (B, L, h, w) -> (B, C, H, W)."""
@@ -91,37 +123,30 @@ class SpatialAttention(Attention):
         return x + super().forward(self.spatial_norm(x, latents))
 
 
+@dataclasses.dataclass
 class Layers:
-    """Builds the layers of one network, which differ in width alone.
+    """Builds the layers of one network, which differ in width alone; ``latents``: channels of those that normalise, if any."""
 
-    Args:
-        groups: Groups of the normalisations.
-        act_fn: Activation name.
-        latent_channels: Channels of the latents that normalise, ``None`` for plain group normalisation.
-    """
-
-    def __init__(self, groups: int, act_fn: str, latent_channels: int | None = None) -> None:
-        self.groups, self.act_fn, self.latent_channels = groups, act_fn, latent_channels
+    groups: int
+    act_fn: str
+    latents: int | None = None
 
     def resnet(self, in_channels: int, out_channels: int) -> nn.Module:
         """A residual block."""
-        if self.latent_channels is not None:
-            return SpatialResnetBlock(in_channels, out_channels, self.latent_channels, self.act_fn)
+        if self.latents is not None:
+            return SpatialResnetBlock(in_channels, out_channels, self.latents, self.act_fn)
         return ResnetBlock2D(in_channels, out_channels, temb_channels=None, groups=self.groups, eps=EPS, act=self.act_fn)
 
     def attention(self, channels: int) -> nn.Module:
-        """Attention over pixels, one head."""
-        if self.latent_channels is not None:
-            return SpatialAttention(channels, self.latent_channels)
-        return Attention(
-            channels, heads=1, dim_head=channels, bias=True, norm_num_groups=self.groups, eps=EPS, residual_connection=True
-        )
+        """An attention over pixels."""
+        if self.latents is not None:
+            return SpatialAttention(channels, self.latents)
+        options: Any = {"norm_num_groups": self.groups, "eps": EPS, "residual_connection": True}
+        return Attention(channels, heads=1, dim_head=channels, bias=True, **options)
 
     def norm(self, channels: int) -> nn.Module:
         """A normalisation."""
-        if self.latent_channels is not None:
-            return SpatialNorm(channels, self.latent_channels)
-        return nn.GroupNorm(self.groups, channels, eps=EPS)
+        return nn.GroupNorm(self.groups, channels, eps=EPS) if self.latents is None else SpatialNorm(channels, self.latents)
 
 
 class MidBlock(nn.Module):
@@ -147,8 +172,7 @@ class LevelBlock(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList([layers.resnet(in_channels if i == 0 else out_channels, out_channels) for i in range(count)])
         self.attentions = nn.ModuleList([layers.attention(out_channels) for _ in range(count if attention else 0)])
-        self.downsamplers = nn.ModuleList()
-        self.upsamplers = nn.ModuleList()
+        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
 
     def forward(self, x: torch.Tensor, *latents: torch.Tensor) -> torch.Tensor:
         """``(B, C, H, W)`` -> ``(B, C', H', W')``."""
@@ -161,105 +185,44 @@ class LevelBlock(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
-    """Picture -> features of the latents' size.
+class Coder(nn.Module):
+    """An encoder, pictures to the latents' size, or a decoder, the way back.
 
     Args:
-        in_channels: Channels of the picture.
-        out_channels: Channels of the latents.
-        down_block_types: Block of each level.
-        block_out_channels: Width of each level.
-        layers_per_block: Residual blocks of each level.
-        norm_num_groups: Groups of the normalisations.
-        act_fn: Activation name.
-        double_z: Give twice the channels: mean and log-variance.
-        mid_block_add_attention: Attention at the lowest resolution.
+        down: Encoder rather than decoder.
+        channels: In and out.
+        kinds: Block type of each level, in order of use.
+        widths: Of each level, in order of use.
+        count: Residual blocks of each level.
+        layers: What builds them.
+        middle: Attention at the lowest resolution.
     """
 
+    down_blocks: nn.ModuleList
+    up_blocks: nn.ModuleList
+
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        down_block_types: Sequence[str],
-        block_out_channels: Sequence[int],
-        layers_per_block: int = 2,
-        norm_num_groups: int = 32,
-        act_fn: str = "silu",
-        double_z: bool = True,
-        mid_block_add_attention: bool = True,
-    ) -> None:
+        self, down: bool, channels: tuple[int, int], kinds: Sequence[str], widths: Sequence[int], count: int, layers: Layers,
+        middle: bool,
+    ) -> None:  # fmt: skip
         super().__init__()
-        attention = _with_attention(down_block_types, block_out_channels, DOWN_BLOCK_TYPES, "down_block_types")
-        layers, widths = Layers(norm_num_groups, act_fn), list(block_out_channels)
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
-        for level, width in enumerate(widths):
-            block = LevelBlock(widths[max(level - 1, 0)], width, layers_per_block, layers, attention[level])
-            if level < len(widths) - 1:
+        attention = _with_attention(kinds, widths, *((DOWN_BLOCKS, "down_block_types") if down else (UP_BLOCKS, "up_block_types")))
+        self.down = down
+        self.conv_in = Conv2d(channels[0], widths[0], 3, padding=1)
+        blocks = [LevelBlock(widths[max(i - 1, 0)], width, count, layers, attention[i]) for i, width in enumerate(widths)]
+        for block, width in zip(blocks[:-1], widths, strict=False):
+            if down:
                 block.downsamplers.append(Downsample2D(width, padding=0))
-            self.down_blocks.append(block)
-        self.mid_block = MidBlock(widths[-1], layers, mid_block_add_attention)
-        self.conv_norm_out = layers.norm(widths[-1])
-        self.conv_act = activation("silu")
-        self.conv_out = nn.Conv2d(widths[-1], 2 * out_channels if double_z else out_channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor, run: RunBlock = call_block) -> torch.Tensor:
-        """``(B, C, H, W)`` -> ``(B, L, h, w)``, or ``2L`` channels."""
-        x = self.conv_in(pixels_last(x))
-        for block in self.down_blocks:
-            x = run(block, x)
-        x = run(self.mid_block, x)
-        return self.conv_out(activate(self.conv_act, self.conv_norm_out(x)))
-
-
-class Decoder(nn.Module):
-    """Latents -> picture.
-
-    Args:
-        in_channels: Channels of the latents.
-        out_channels: Channels of the picture.
-        up_block_types: Block of each level, lowest resolution first.
-        block_out_channels: Width of each level, highest resolution first, as in the encoder.
-        layers_per_block: Residual blocks of each level, less one.
-        norm_num_groups: Groups of the normalisations.
-        act_fn: Activation name.
-        norm_type: ``"group"``, or ``"spatial"``: the latents take part in every normalisation.
-        mid_block_add_attention: Attention at the lowest resolution.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        up_block_types: Sequence[str],
-        block_out_channels: Sequence[int],
-        layers_per_block: int = 2,
-        norm_num_groups: int = 32,
-        act_fn: str = "silu",
-        norm_type: str = "group",
-        mid_block_add_attention: bool = True,
-    ) -> None:
-        super().__init__()
-        if norm_type not in ("group", "spatial"):
-            raise ValueError(f"norm_type={norm_type!r}: expected 'group' or 'spatial'")
-        attention = _with_attention(up_block_types, block_out_channels, UP_BLOCK_TYPES, "up_block_types")
-        layers = Layers(norm_num_groups, act_fn, in_channels if norm_type == "spatial" else None)
-        widths = list(reversed(block_out_channels))
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], layers, mid_block_add_attention)
-        self.up_blocks = nn.ModuleList()
-        for level, width in enumerate(widths):
-            block = LevelBlock(widths[max(level - 1, 0)], width, layers_per_block + 1, layers, attention[level])
-            if level < len(widths) - 1:
+            else:
                 block.upsamplers.append(Upsample2D(width))
-            self.up_blocks.append(block)
-        self.conv_norm_out = layers.norm(widths[-1])
-        self.conv_act = activation("silu")
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.add_module("down_blocks" if down else "up_blocks", nn.ModuleList(blocks))
+        self.mid_block = MidBlock(widths[-1 if down else 0], layers, middle)
+        self.conv_norm_out, self.conv_act = layers.norm(widths[-1]), nn.SiLU()
+        self.conv_out = Conv2d(widths[-1], channels[1], 3, padding=1)
 
     def forward(self, x: torch.Tensor, *latents: torch.Tensor, run: RunBlock = call_block) -> torch.Tensor:
-        """``(B, L, h, w)`` -> ``(B, C, H, W)``; ``latents`` are given where they normalise."""
-        x = run(self.mid_block, self.conv_in(pixels_last(x)), *latents)
-        for block in self.up_blocks:
+        """``(B, C, H, W)`` -> ``(B, C', H', W')``; ``latents`` are given where they normalise."""
+        x = self.conv_in(pixels_last(x))
+        for block in (*self.down_blocks, self.mid_block) if self.down else (self.mid_block, *self.up_blocks):
             x = run(block, x, *latents)
         return self.conv_out(activate(self.conv_act, self.conv_norm_out(x, *latents)))

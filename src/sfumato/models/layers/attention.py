@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .compute import Linear
+
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -14,15 +16,8 @@ def attend(
 ) -> torch.Tensor:
     """Computes multi-head attention; every attention of the networks passes here.
 
-    Args:
-        query: ``(B, N, heads * D)``.
-        key: ``(B, M, heads * D)``.
-        value: ``(B, M, heads * D)``.
-        heads: Number of heads.
-        mask: Boolean (true: take part) or additive, broadcastable to ``(B, heads, N, M)``.
-
-    Returns:
-        ``(B, N, heads * D)``.
+    ``query`` (B, N, heads * D), ``key`` and ``value`` (B, M, heads * D); ``mask``, boolean (true: take part) or additive,
+    broadcastable to (B, heads, N, M) -> (B, N, heads * D).
     """
     # (B, N, heads * D) -> (B, heads, N, D), views only
     query, key, value = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
@@ -30,17 +25,9 @@ def attend(
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Turns a mask of ones (take part) and zeros into a bias for the attention scores.
+    """Turns a mask (B, M) of 1 (take part) or 0 into a bias (B, 1, M) of 0 or -10000, the value checkpoints were trained with.
 
-    Args:
-        mask: ``(B, M)`` of 1 or 0, boolean or numeric; or, with three dimensions, a bias already.
-        dtype: Of the result.
-
-    Returns:
-        A bias ``(B, 1, M)`` of 0 or -10000, the value checkpoints were trained with.
-
-    Raises:
-        ValueError: The mask has neither two nor three dimensions.
+    A mask of three dimensions is a bias already; one of another number is a ``ValueError``.
     """
     if mask.dim() == 3:
         return mask
@@ -64,75 +51,49 @@ class Attention(nn.Module):
     """Multi-head attention over tokens or pixels, within the input or towards other tokens.
 
     Args:
-        query_dim: Width of the input and the output.
-        cross_attention_dim: Width of ``encoder_hidden_states``; ``query_dim`` when not given.
-        heads: Number of heads.
-        dim_head: Width of each.
-        dropout: After the output projection.
+        query_dim, cross_attention_dim: Width of input and output, and of ``encoder_hidden_states`` (by default the same).
+        heads, dim_head: Number of heads and width of each.
         bias: Of the query, key and value projections.
-        norm_num_groups: Groups of a group normalisation of the input, ``None`` for none.
-        eps: Of the group normalisation.
+        norm_num_groups, eps: Of a group normalisation of the input, ``None`` for none.
         cross_attention_norm: Normalisation of ``encoder_hidden_states``: ``None``, ``"layer_norm"`` or ``"group_norm"``.
         cross_attention_norm_num_groups: Groups of the latter.
         added_kv_proj_dim: Width of tokens that are attended to in addition to the input itself.
         only_cross_attention: With ``added_kv_proj_dim``: attend to the added tokens alone.
-        residual_connection: Add the input to the output.
-        rescale_output_factor: The output is divided by this.
+        residual_connection, rescale_output_factor: Add the input to the output; divide by this.
     """
 
     def __init__(
-        self,
-        query_dim: int,
-        *,
-        cross_attention_dim: int | None = None,
-        heads: int = 8,
-        dim_head: int = 64,
-        dropout: float = 0.0,
-        bias: bool = False,
-        norm_num_groups: int | None = None,
-        eps: float = 1e-5,
-        cross_attention_norm: str | None = None,
-        cross_attention_norm_num_groups: int = 32,
-        added_kv_proj_dim: int | None = None,
-        only_cross_attention: bool = False,
-        residual_connection: bool = False,
-        rescale_output_factor: float = 1.0,
-    ) -> None:
+        self, query_dim: int, *, cross_attention_dim: int | None = None, heads: int = 8, dim_head: int = 64,
+        bias: bool = False, norm_num_groups: int | None = None, eps: float = 1e-5, cross_attention_norm: str | None = None,
+        cross_attention_norm_num_groups: int = 32, added_kv_proj_dim: int | None = None, only_cross_attention: bool = False,
+        residual_connection: bool = False, rescale_output_factor: float = 1.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         inner, context = heads * dim_head, cross_attention_dim or query_dim
-        self.heads = heads
-        self.residual_connection = residual_connection
-        self.rescale_output_factor = rescale_output_factor
+        self.heads, self.residual_connection, self.rescale_output_factor = heads, residual_connection, rescale_output_factor
         self.group_norm = nn.GroupNorm(norm_num_groups, query_dim, eps=eps) if norm_num_groups else None
         self.norm_cross = None
         if cross_attention_norm is not None:
             # with added tokens it is those that are normalised
             width = context if added_kv_proj_dim is None else added_kv_proj_dim
             self.norm_cross = _context_norm(cross_attention_norm, width, cross_attention_norm_num_groups)
-        self.to_q = nn.Linear(query_dim, inner, bias=bias)
+        self.to_q = Linear(query_dim, inner, bias=bias)
         own_keys = added_kv_proj_dim is None or not only_cross_attention
         self.has_own_keys, self.has_added_keys = own_keys, added_kv_proj_dim is not None
         if own_keys:
-            self.to_k = nn.Linear(context, inner, bias=bias)
-            self.to_v = nn.Linear(context, inner, bias=bias)
+            self.to_k = Linear(context, inner, bias=bias)
+            self.to_v = Linear(context, inner, bias=bias)
         if added_kv_proj_dim is not None:
-            self.add_k_proj = nn.Linear(added_kv_proj_dim, inner)
-            self.add_v_proj = nn.Linear(added_kv_proj_dim, inner)
-        output: list[nn.Module] = [nn.Linear(inner, query_dim)]
-        self.to_out = nn.Sequential(*output, nn.Dropout(dropout)) if dropout else nn.Sequential(*output)
+            self.add_k_proj = Linear(added_kv_proj_dim, inner)
+            self.add_v_proj = Linear(added_kv_proj_dim, inner)
+        self.to_out = nn.Sequential(Linear(inner, query_dim))
 
     def forward(
         self, x: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Attends.
+        """Attends from tokens (B, N, C) or pixels (B, C, H, W) to ``encoder_hidden_states`` (B, M, C'), or to ``x`` itself.
 
-        Args:
-            x: Tokens ``(B, N, C)`` or pixels ``(B, C, H, W)``.
-            encoder_hidden_states: Tokens to attend to, ``(B, M, C')``; ``x`` itself when not given.
-            attention_mask: Broadcastable to ``(B, N, M)``, boolean or additive. With added tokens it covers those alone.
-
-        Returns:
-            A tensor of the shape of ``x``.
+        ``attention_mask`` is broadcastable to (B, N, M), boolean or additive. With added tokens it covers those alone.
         """
         residual, pixels = x, x.dim() == 4
         if self.group_norm is not None:
@@ -167,11 +128,9 @@ class _TokenGroupNorm(nn.GroupNorm):
 
 
 def _context_norm(kind: str, width: int, groups: int) -> nn.Module:
-    if kind == "layer_norm":
-        return nn.LayerNorm(width)
-    if kind == "group_norm":
-        return _TokenGroupNorm(groups, width, eps=1e-5)
-    raise ValueError(f"unknown cross_attention_norm {kind!r}: expected None, 'layer_norm' or 'group_norm'")
+    if kind not in ("layer_norm", "group_norm"):
+        raise ValueError(f"unknown cross_attention_norm {kind!r}: expected None, 'layer_norm' or 'group_norm'")
+    return nn.LayerNorm(width) if kind == "layer_norm" else _TokenGroupNorm(groups, width, eps=1e-5)
 
 
 def _fit_mask(mask: torch.Tensor, keys: int) -> torch.Tensor:

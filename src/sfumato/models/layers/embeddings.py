@@ -9,20 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .attention import attend
 from .resnet import activation
 
 
 def sinusoids(times: torch.Tensor, dim: int, flip_sin_to_cos: bool = False, freq_shift: float = 0.0) -> torch.Tensor:
-    """Embeds numbers as sines and cosines of geometrically spaced frequencies (arXiv:1706.03762, section 3.5).
+    """Embeds real numbers ``(N,)`` as ``(N, dim)`` float32: sines and cosines of geometric frequencies (arXiv:1706.03762, 3.5).
 
-    Args:
-        times: ``(N,)``, any real numbers.
-        dim: Width of the embedding; an odd one ends in a zero.
-        flip_sin_to_cos: Cosines first.
-        freq_shift: The lowest frequency is ``10000^(-(h-1)/(h-freq_shift))`` with ``h = dim // 2``.
-
-    Returns:
-        ``(N, dim)`` in float32.
+    The lowest frequency is ``10000^(-(h-1)/(h-freq_shift))`` with ``h = dim // 2``; an odd ``dim`` ends in a zero.
     """
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=times.device)
@@ -33,13 +27,9 @@ def sinusoids(times: torch.Tensor, dim: int, flip_sin_to_cos: bool = False, freq
 
 
 class GaussianFourierProjection(nn.Module):
-    """Embeds numbers with random, fixed frequencies that stand in the checkpoint (arXiv:2011.13456, appendix C.3).
+    """Embeds numbers, or with ``log`` their logarithms, with random, fixed frequencies (arXiv:2011.13456, appendix C.3).
 
-    Args:
-        half_dim: Number of frequencies.
-        scale: Standard deviation of the frequencies before training.
-        log: Embed the logarithm of the numbers.
-        flip_sin_to_cos: Cosines first.
+    The frequencies stand in the checkpoint; before training ``scale`` is their standard deviation.
     """
 
     def __init__(self, half_dim: int, scale: float = 1.0, log: bool = False, flip_sin_to_cos: bool = False) -> None:
@@ -55,15 +45,7 @@ class GaussianFourierProjection(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers over an embedded time, optionally with a condition added to the input.
-
-    Args:
-        in_dim: Width of the input.
-        dim: Width of the output.
-        act: Activation between the layers.
-        post_act: Activation after them, ``None`` for none.
-        cond_dim: Width of the condition, ``None`` for none.
-    """
+    """Two linear layers over an embedded time, with a condition of width ``cond_dim`` added to the input if there is one."""
 
     def __init__(self, in_dim: int, dim: int, act: str = "silu", post_act: str | None = None, cond_dim: int | None = None) -> None:
         super().__init__()
@@ -90,17 +72,13 @@ class AttentionPooling(nn.Module):
         super().__init__()
         self.heads = heads
         self.positional_embedding = nn.Parameter(torch.randn(1, dim) / dim**0.5)
-        self.k_proj = nn.Linear(dim, dim)
-        self.q_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
+        self.k_proj, self.q_proj, self.v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, N, C)`` -> ``(B, C)``."""
         mean = x.mean(dim=1, keepdim=True) + self.positional_embedding
         x = torch.cat([mean, x], dim=1)
-        # (B, N, C) -> (B, heads, N, C / heads)
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (self.q_proj(mean), self.k_proj(x), self.v_proj(x)))
-        return F.scaled_dot_product_attention(q, k, v).flatten(1)
+        return attend(self.q_proj(mean), self.k_proj(x), self.v_proj(x), self.heads)[:, 0]
 
 
 class TextTimeEmbedding(nn.Module):

@@ -6,21 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .conv import Conv2d
+from .compute import Conv2d
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "swish": nn.SiLU, "mish": nn.Mish, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
 def activation(name: str) -> nn.Module:
-    """Builds an activation from its configuration name.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
-    try:
-        return ACTIVATIONS[name]()
-    except KeyError:
-        raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(ACTIVATIONS)}") from None
+    """Builds an activation from its configuration name; a ``ValueError`` when that is unknown."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]()
 
 
 def activate(act: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -36,41 +31,31 @@ def add(fresh: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 class Upsample2D(nn.Module):
-    """Doubles height and width (or resizes to ``size``) by nearest neighbour, then convolves.
+    """Doubles height and width (or resizes to ``size``) by nearest neighbour, then convolves (3x3) if wanted."""
 
-    Args:
-        channels: Channels in.
-        out_channels: Channels out, ``channels`` when not given.
-        use_conv: Convolve (3x3) after resizing.
-    """
-
-    def __init__(self, channels: int, out_channels: int | None = None, use_conv: bool = True) -> None:
+    def __init__(self, channels: int, use_conv: bool = True) -> None:
         super().__init__()
-        self.conv = Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else None
+        self.conv = Conv2d(channels, channels, 3, padding=1) if use_conv else None
 
     def forward(self, x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
-        """``(B, C, H, W)`` -> ``(B, C', 2H, 2W)``, or to ``size``."""
+        """``(B, C, H, W)`` -> ``(B, C, 2H, 2W)``, or to ``size``."""
         x = F.interpolate(x, scale_factor=2.0, mode="nearest") if size is None else F.interpolate(x, size=size, mode="nearest")
         return x if self.conv is None else self.conv(x)
 
 
 class Downsample2D(nn.Module):
-    """Halves height and width, by a strided convolution or by 2x2 averages.
+    """Halves height and width, by a strided 3x3 convolution or by 2x2 averages.
 
-    Args:
-        channels: Channels in.
-        out_channels: Channels out, ``channels`` when not given.
-        use_conv: Strided 3x3 convolution; otherwise averages.
-        padding: Of the convolution. 0 pads right and below only, as autoencoders of this format do.
+    ``padding`` is the convolution's; 0 pads right and below only, as autoencoders of this format do.
     """
 
-    def __init__(self, channels: int, out_channels: int | None = None, use_conv: bool = True, padding: int = 1) -> None:
+    def __init__(self, channels: int, use_conv: bool = True, padding: int = 1) -> None:
         super().__init__()
         self.padding = padding
-        self.conv = Conv2d(channels, out_channels or channels, 3, stride=2, padding=padding) if use_conv else None
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding) if use_conv else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(B, C, H, W)`` -> ``(B, C', H/2, W/2)``."""
+        """``(B, C, H, W)`` -> ``(B, C, H/2, W/2)``."""
         if self.conv is None:
             return F.avg_pool2d(x, 2)
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == 0 else x)
@@ -80,45 +65,27 @@ class ResnetBlock2D(nn.Module):
     """Norm, activation, convolution, twice, with a time embedding between and a skip connection around.
 
     Args:
-        in_channels: Channels in.
-        out_channels: Channels out, ``in_channels`` when not given.
+        in_channels, out_channels: Channels in and out; the same when not given.
         temb_channels: Width of the time embedding, ``None`` for none.
-        groups: Groups of the first normalisation.
-        groups_out: Groups of the second, ``groups`` when not given.
-        eps: Of the normalisations.
+        groups, groups_out, eps: Groups of the first and the second normalisation (by default equal), and their epsilon.
         dropout: Before the second convolution.
         act: Activation name.
         time_embedding_norm: ``"default"`` adds the embedding, ``"scale_shift"`` scales and shifts with it.
         output_scale_factor: The sum is divided by this.
-        skip_time_act: The embedding comes activated already.
-        up: Double the resolution inside the block.
-        down: Halve it.
+        up, down: Double or halve the resolution inside the block.
+        use_in_shortcut: Have a convolution around the block; by default where the channels change.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int | None = None,
-        *,
-        temb_channels: int | None = 512,
-        groups: int = 32,
-        groups_out: int | None = None,
-        eps: float = 1e-6,
-        dropout: float = 0.0,
-        act: str = "silu",
-        time_embedding_norm: str = "default",
-        output_scale_factor: float = 1.0,
-        skip_time_act: bool = False,
-        up: bool = False,
-        down: bool = False,
-        use_in_shortcut: bool | None = None,
-        conv_shortcut_bias: bool = True,
-    ) -> None:
+        self, in_channels: int, out_channels: int | None = None, *, temb_channels: int | None = 512, groups: int = 32,
+        groups_out: int | None = None, eps: float = 1e-6, dropout: float = 0.0, act: str = "silu",
+        time_embedding_norm: str = "default", output_scale_factor: float = 1.0, up: bool = False,
+        down: bool = False, use_in_shortcut: bool | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         out_channels = out_channels or in_channels
         self.scale_shift = time_embedding_norm == "scale_shift"
         self.output_scale_factor = output_scale_factor
-        self.skip_time_act = skip_time_act
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         if temb_channels is not None:
@@ -127,23 +94,19 @@ class ResnetBlock2D(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.nonlinearity = activation(act)
-        self.resample: nn.Module | None = None
-        if up:
-            self.resample = Upsample2D(in_channels, use_conv=False)
-        elif down:
-            self.resample = Downsample2D(in_channels, use_conv=False)
+        self.resample: nn.Module | None = (Upsample2D if up else Downsample2D)(in_channels, use_conv=False) if up or down else None
         shortcut = in_channels != out_channels if use_in_shortcut is None else use_in_shortcut
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=conv_shortcut_bias) if shortcut else None
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if shortcut else None
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
-        """``x`` (B, C, H, W), ``temb`` (B, T) -> (B, C', H', W')."""
+        """``x`` (B, C, H, W), ``temb`` (B, T), activated already -> (B, C', H', W')."""
         h = activate(self.nonlinearity, self.norm1(x))
         if self.resample is not None:
             x, h = self.resample(x), self.resample(h)
         h = self.conv1(h)
         if temb is not None:
             # (B, T) -> (B, C', 1, 1)
-            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))[:, :, None, None]
+            temb = self.time_emb_proj(temb)[:, :, None, None]
         if temb is not None and not self.scale_shift:
             h = add(h, temb)
         h = self.norm2(h)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import Attention
+from .compute import Conv2d, Linear
 from .resnet import add
 
 
@@ -15,7 +16,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(in_dim, 2 * out_dim)
+        self.proj = Linear(in_dim, 2 * out_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., in_dim)`` -> ``(..., out_dim)``."""
@@ -27,9 +28,9 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     """The transformer's two-layer network, four times as wide inside."""
 
-    def __init__(self, dim: int, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, N, dim)`` -> the same."""
@@ -39,40 +40,22 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Self-attention, attention to the context, feed-forward; each normalised before and added to its input.
 
-    Args:
-        dim: Width of the tokens.
-        heads: Attention heads.
-        dim_head: Width of each.
-        cross_attention_dim: Width of the context.
-        only_cross_attention: The first attention too looks at the context.
-        dropout: After each part.
+    With ``only_cross_attention`` the first attention too looks at the context.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        dim_head: int,
-        cross_attention_dim: int | None,
-        only_cross_attention: bool = False,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, dim: int, heads: int, dim_head: int, cross_attention_dim: int | None, only_cross_attention: bool) -> None:
         super().__init__()
         self.only_cross_attention = only_cross_attention
         first_context = cross_attention_dim if only_cross_attention else None
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, cross_attention_dim=first_context, heads=heads, dim_head=dim_head, dropout=dropout)
+        self.attn1 = Attention(dim, cross_attention_dim=first_context, heads=heads, dim_head=dim_head)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(dim, cross_attention_dim=cross_attention_dim, heads=heads, dim_head=dim_head, dropout=dropout)
+        self.attn2 = Attention(dim, cross_attention_dim=cross_attention_dim, heads=heads, dim_head=dim_head)
         self.norm3 = nn.LayerNorm(dim)
-        self.ff = FeedForward(dim, dropout)
+        self.ff = FeedForward(dim)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        context: torch.Tensor | None,
-        mask: torch.Tensor | None = None,
-        context_mask: torch.Tensor | None = None,
+        self, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None, context_mask: torch.Tensor | None
     ) -> torch.Tensor:
         """``x`` (B, N, C), ``context`` (B, M, C'), masks as in :class:`Attention` -> (B, N, C)."""
         x = add(self.attn1(self.norm1(x), context if self.only_cross_attention else None, mask), x)
@@ -83,56 +66,37 @@ class BasicTransformerBlock(nn.Module):
 class Transformer2D(nn.Module):
     """A stack of transformer blocks over the pixels of a feature map, added to it.
 
-    Args:
-        channels: Channels of the feature map.
-        heads: Attention heads.
-        cross_attention_dim: Width of the context.
-        depth: Number of blocks.
-        groups: Groups of the normalisation before them.
-        linear_projection: Project by linear layers instead of 1x1 convolutions; the same but for the weights' shape.
-        only_cross_attention: See :class:`BasicTransformerBlock`.
+    With ``linear_projection`` it projects by linear layers instead of 1x1 convolutions: the same but for the weights' shape.
     """
 
     def __init__(
-        self,
-        channels: int,
-        heads: int,
-        cross_attention_dim: int | None,
-        depth: int = 1,
-        groups: int = 32,
-        linear_projection: bool = False,
-        only_cross_attention: bool = False,
-    ) -> None:
+        self, channels: int, heads: int, cross_attention_dim: int | None, depth: int = 1, groups: int = 32,
+        linear_projection: bool = False, only_cross_attention: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         dim_head = channels // heads
         inner = heads * dim_head
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.linear_projection = linear_projection
-        self.proj_in = nn.Linear(channels, inner) if linear_projection else nn.Conv2d(channels, inner, 1)
+        self.proj_in = Linear(channels, inner) if linear_projection else Conv2d(channels, inner, 1)
         blocks = [BasicTransformerBlock(inner, heads, dim_head, cross_attention_dim, only_cross_attention) for _ in range(depth)]
         self.transformer_blocks = nn.ModuleList(blocks)
-        self.proj_out = nn.Linear(inner, channels) if linear_projection else nn.Conv2d(inner, channels, 1)
+        self.proj_out = Linear(inner, channels) if linear_projection else Conv2d(inner, channels, 1)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        context: torch.Tensor | None,
-        mask: torch.Tensor | None = None,
-        context_mask: torch.Tensor | None = None,
+        self, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None, context_mask: torch.Tensor | None
     ) -> torch.Tensor:
         """``x`` (B, C, H, W), ``context`` (B, M, C'), masks as in :class:`Attention` -> (B, C, H, W)."""
         size, h = x.shape[2:], self.norm(x)
-        if not self.linear_projection:
-            h = self.proj_in(h)
-        # (B, C, H, W) -> (B, HW, C): a view, contiguous when the input is channels-last
-        h = h.permute(0, 2, 3, 1).flatten(1, 2)
-        if self.linear_projection:
-            h = self.proj_in(h)
+        h = self.proj_in(_tokens(h)) if self.linear_projection else _tokens(self.proj_in(h))
         for block in self.transformer_blocks:
             h = block(h, context, mask, context_mask)
         if self.linear_projection:
             h = self.proj_out(h)
         h = h.transpose(1, 2).unflatten(2, size)
-        if not self.linear_projection:
-            h = self.proj_out(h)
-        return x + h
+        return x + h if self.linear_projection else add(self.proj_out(h), x)
+
+
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, HW, C): a view, contiguous when the input is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)

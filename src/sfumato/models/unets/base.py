@@ -13,44 +13,23 @@ from torch import nn
 from ...errors import ConfigError, did_you_mean
 from ...outputs import BaseOutput
 from ..base import ModelMixin
+from ..layers.compute import Conv2d
+from ..layers.embeddings import TimestepEmbedding, sinusoids
 from ..layers.resnet import ACTIVATIONS, activate, activation
-from .blocks import DOWN_BLOCKS, UP_BLOCKS, Conditions, DownBlock, Kind, Level, MidBlock, Shared, UpBlock, find_kind
+from .blocks import DOWN_BLOCKS, UP_BLOCKS, Conditions, DownBlock, Kind, Level, MidBlock, Shared, UpBlock, find_kind, spread
 from .skip_blocks import SkipDownBlock, SkipUpBlock
 
 
 @dataclass
 class UNet2DOutput(BaseOutput):
-    """Output of an unconditional U-Net.
-
-    Attributes:
-        sample: ``(B, C, H, W)``.
-    """
+    """Output of an unconditional U-Net: ``sample`` (B, C, H, W)."""
 
     sample: torch.Tensor
 
 
 @dataclass
-class UNet2DConditionOutput(BaseOutput):
-    """Output of a conditional U-Net.
-
-    Attributes:
-        sample: ``(B, C, H, W)``.
-    """
-
-    sample: torch.Tensor
-
-
-def per_level(value: Any, levels: int, key: str) -> list[Any]:
-    """Spreads one configuration value over the resolutions, or checks that there is one for each.
-
-    Raises:
-        ConfigError: There is another number of them.
-    """
-    if not isinstance(value, (list, tuple)):
-        return [value] * levels
-    if len(value) != levels:
-        raise ConfigError(f"{key}={value!r} has {len(value)} values, but down_block_types has {levels} blocks: give {levels}")
-    return list(value)
+class UNet2DConditionOutput(UNet2DOutput):
+    """Output of a conditional U-Net: ``sample`` (B, C, H, W)."""
 
 
 def check_choice(key: str, value: object, choices: Iterable[object]) -> None:
@@ -62,11 +41,7 @@ def check_choice(key: str, value: object, choices: Iterable[object]) -> None:
 
 
 def time_tensor(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
-    """One time per sample, ``(B,)``, from a number, a scalar tensor, or a tensor of one or B times.
-
-    Raises:
-        ValueError: There is another number of times.
-    """
+    """One time per sample, ``(B,)``, from a number, a scalar tensor, or a tensor of one or B times."""
     if not isinstance(timestep, torch.Tensor):
         return torch.full((sample.shape[0],), timestep, device=sample.device)
     times = timestep.reshape(-1).to(sample.device)
@@ -79,6 +54,7 @@ class UNetBase(ModelMixin):
     """Down blocks, a middle block, up blocks, and the convolutions around them."""
 
     conv_in: nn.Conv2d
+    time_proj: nn.Module
     down_blocks: nn.ModuleList
     up_blocks: nn.ModuleList
     conv_norm_out: nn.Module | None
@@ -88,7 +64,7 @@ class UNetBase(ModelMixin):
         """Raises :class:`ConfigError` when values that every constructor reads are unknown or do not fit together."""
         config = self.config
         for key in ("block_out_channels", "up_block_types"):
-            per_level(list(config[key]), len(config.down_block_types), key)
+            spread(list(config[key]), len(config.down_block_types), key)
         for key in ("act_fn", "time_embedding_act_fn", "timestep_post_act"):
             if config.get(key) is not None:
                 check_choice(key, config[key], ACTIVATIONS)
@@ -99,81 +75,89 @@ class UNetBase(ModelMixin):
                     raise ConfigError(f"block_out_channels: {width} is not a multiple of norm_num_groups={config.norm_num_groups}")
 
     def _build(
-        self,
-        shared: Shared,
-        levels: Sequence[Level],
-        layers: Sequence[int],
-        up_levels: Sequence[Level] | None = None,
-        attention_resampler: tuple[str, str] = ("conv", "conv"),
-        context: bool = True,
-    ) -> None:
-        """Builds the convolutions and blocks that the configuration describes, but for the middle.
+        self, shared: Shared, levels: Sequence[Level], layers: Sequence[int], up_levels: Sequence[Level] | None = None,
+        attention_resampler: tuple[str, str] = ("conv", "conv"), context: bool = True,
+    ) -> None:  # fmt: skip
+        """Builds the blocks that the configuration describes, but for the middle.
 
-        Args:
-            shared: What the blocks have in common.
-            levels: What each resolution has of its own, from the finest.
-            layers: Layers of each resolution's down block; an up block has one more.
-            up_levels: What each up block has of its own, from the coarsest; by default the levels reversed.
-            attention_resampler: How blocks with pixel attention halve, and double: conv or resnet.
-            context: Whether the network attends to a context.
+        ``levels``, what each resolution has of its own, and ``layers`` run from the finest, ``up_levels`` (by default the levels
+        reversed) from the coarsest. ``attention_resampler`` is how blocks with pixel attention halve, and double: conv or resnet.
+        ``context``: whether the network attends to one.
         """
         config, widths = self.config, list(self.config.block_out_channels)
-        count = len(config.down_block_types)
-        kinds = [find_kind("down_block_types", n, DOWN_BLOCKS, context) for n in config.down_block_types]
-        up_kinds = [find_kind("up_block_types", n, UP_BLOCKS, context) for n in config.up_block_types]
-        down, up = attention_resampler
-        kinds = [k._replace(resampler=down) if k == Kind("pixel", "conv") else k for k in kinds]
-        up_kinds = [k._replace(resampler=up) if k == Kind("pixel", "conv") else k for k in up_kinds]
-        self._build_down(shared, levels, layers, kinds, widths)
-        states = [widths[0]]
-        for block in self.down_blocks:
-            states += cast(list[int], block.state_channels)
-        self._build_up(shared, up_levels or list(reversed(levels)), list(reversed(layers)), up_kinds, widths[::-1], states)
-        self.size_factor = 2 ** (count - 1)
-        resizable = all(block.takes_size for block in self.up_blocks[:-1])
-        self.exact_size_only = not resizable
 
-    def _build_down(
-        self, shared: Shared, levels: Sequence[Level], layers: Sequence[int], kinds: Sequence[Kind], widths: Sequence[int]
-    ) -> None:
-        self.down_blocks, channels = nn.ModuleList(), widths[0]
-        for i, (kind, level, width) in enumerate(zip(kinds, levels, widths, strict=True)):
-            cls = SkipDownBlock if kind.resampler == "skip" else DownBlock
-            self.down_blocks.append(cls(kind, shared, level, channels, width, layers[i], i < len(widths) - 1))
-            channels = width
+        def kinds(key: str, table: dict[str, Kind], resampler: str) -> list[Kind]:
+            found = [find_kind(key, name, table, context) for name in config[key]]
+            return [k._replace(resampler=resampler) if k == Kind("pixel", "conv") else k for k in found]
+
+        self.down_blocks, channels, states = nn.ModuleList(), widths[0], [widths[0]]
+        for i, kind in enumerate(kinds("down_block_types", DOWN_BLOCKS, attention_resampler[0])):
+            down = SkipDownBlock if kind.resampler == "skip" else DownBlock
+            self.down_blocks.append(down(kind, shared, levels[i], channels, widths[i], layers[i], i < len(widths) - 1))
+            channels = widths[i]
+            states += cast(list[int], self.down_blocks[i].state_channels)
+        up_kinds = kinds("up_block_types", UP_BLOCKS, attention_resampler[1])
+        self._build_up(shared, up_levels or list(reversed(levels)), layers[::-1], up_kinds, widths[::-1], states)
+        self.size_factor = 2 ** (len(widths) - 1)
+        self.exact_size_only = not all(block.takes_size for block in self.up_blocks[:-1])
 
     def _build_up(
-        self,
-        shared: Shared,
-        levels: Sequence[Level],
-        layers: Sequence[int],
-        kinds: Sequence[Kind],
-        widths: Sequence[int],
+        self, shared: Shared, levels: Sequence[Level], layers: Sequence[int], kinds: Sequence[Kind], widths: Sequence[int],
         states: list[int],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """``levels``, ``layers``, ``kinds`` and ``widths`` run from the coarsest; ``states`` from the finest."""
         self.up_blocks, channels = nn.ModuleList(), widths[0]
         for i, (kind, level, width) in enumerate(zip(kinds, levels, widths, strict=True)):
-            is_k, is_last = kind.resampler == "k", i == len(widths) - 1
+            is_k, following = kind.resampler == "k", widths[min(i + 1, len(widths) - 1)]
             count = layers[i] if is_k else layers[i] + 1
             taken = 1 if is_k else count
-            cls = SkipUpBlock if kind.resampler == "skip" else UpBlock
             if len(states) < taken:
                 raise ConfigError(
                     f"up_block_types[{i}] needs {taken} states of the way down, {len(states)} are left: use matching types"
                 )
-            following = width if is_last else widths[i + 1]
             used = states[: -taken - 1 : -1]
             del states[-taken:]
-            block = cls(kind, shared, level, channels, width, following, used, count, not is_last)
+            up = SkipUpBlock if kind.resampler == "skip" else UpBlock
+            block = up(kind, shared, level, channels, width, following, used, count, i < len(widths) - 1)
             self.up_blocks.append(block)
             channels = block.out_channels
+
+    def _build_classes(self, in_dim: int, time_dim: int, act: str = "silu") -> None:
+        config, kind = self.config, self.config.class_embed_type
+        width: Any = config.get("projection_class_embeddings_input_dim")
+        if kind in ("projection", "simple_projection") and width is None:
+            raise ConfigError(f"class_embed_type={kind!r} needs projection_class_embeddings_input_dim, the width of class_labels")
+        self.class_embedding: nn.Module | None = None
+        if kind in ("timestep", "projection"):
+            self.class_embedding = TimestepEmbedding(in_dim if kind == "timestep" else width, time_dim, act)
+        elif kind is not None:
+            self.class_embedding = nn.Identity() if kind == "identity" else nn.Linear(width, time_dim)
+        elif config.num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, time_dim)
+
+    def project_time(self, times: torch.Tensor) -> torch.Tensor:
+        """``(B,)`` -> ``(B, D)``, before the linear layers."""
+        if self.config.time_embedding_type != "positional":
+            return self.time_proj(times)
+        return sinusoids(times, self.config.block_out_channels[0], self.config.flip_sin_to_cos, self.config.freq_shift)
+
+    def _embed_class(self, labels: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """What classes add to the time embedding ``(B, T)``, where the network was built with them."""
+        if (self.class_embedding is None) != (labels is None):
+            have = "are given, but this network was built without classes: leave them out"
+            lack = "are not given, but this network was built with classes: pass them"
+            raise ValueError(f"class_labels {lack if labels is None else have}")
+        if self.class_embedding is None or labels is None:
+            return None
+        if self.config.class_embed_type == "timestep":
+            labels = self.project_time(labels)
+        return self.class_embedding(labels if self.config.class_embed_type is None else labels.to(dtype)).to(dtype)
 
     def _build_out(self, groups: int | None, act: str, kernel: int = 3) -> None:
         config, width = self.config, self.config.block_out_channels[0]
         self.conv_norm_out = None if groups is None else nn.GroupNorm(groups, width, eps=config.norm_eps)
         self.conv_act = None if groups is None else activation(act)
-        self.conv_out = nn.Conv2d(width, config.out_channels, kernel, padding=(kernel - 1) // 2)
+        self.conv_out = Conv2d(width, config.out_channels, kernel, padding=(kernel - 1) // 2)
 
     def _check_sample(self, sample: torch.Tensor) -> bool:
         """Whether the up blocks must be told their sizes, because halving and doubling does not give them."""

@@ -6,7 +6,7 @@ the checkpoint format are rows of one table of (kind of attention, kind of resam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,21 +21,13 @@ from .k_blocks import BinomialResample, KAttentionBlock, KResnetBlock
 
 
 class Conditions(NamedTuple):
-    """What the blocks of one forward pass are conditioned on.
+    """What the blocks of one forward pass are conditioned on."""
 
-    Attributes:
-        temb: Time embedding ``(B, T)``.
-        activated: The same after the residual layers' activation, which is computed once here instead of in every layer.
-        context: Tokens ``(B, M, C)`` for attention, or ``None``.
-        mask: Bias ``(B, 1, N)`` of the attention within the picture, or ``None``.
-        context_mask: Bias ``(B, 1, M)`` of the attention to the tokens, or ``None``.
-    """
-
-    temb: torch.Tensor
-    activated: torch.Tensor
-    context: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    context_mask: torch.Tensor | None = None
+    temb: torch.Tensor  # (B, T)
+    activated: torch.Tensor  # the same after the residual layers' activation, once here instead of in every layer
+    context: torch.Tensor | None = None  # tokens (B, M, C) for attention
+    mask: torch.Tensor | None = None  # bias (B, 1, N) of the attention within the picture
+    context_mask: torch.Tensor | None = None  # bias (B, 1, M) of the attention to the tokens
 
 
 @dataclass(frozen=True)
@@ -57,23 +49,14 @@ class Shared:
 
 @dataclass(frozen=True)
 class Level:
-    """What one resolution has of its own.
+    """What one resolution has of its own."""
 
-    Attributes:
-        heads: Attention heads of transformers.
-        head_dim: Width of a head of the other attentions; ``None`` for one head.
-        cross_attention_dim: Width of the context.
-        depth: Transformer blocks, for all layers or for each.
-        only_cross_attention: Attend to the context alone.
-        groups: Groups of the normalisation before a pixel attention, ``None`` for none.
-    """
-
-    heads: int = 1
-    head_dim: int | None = None
+    heads: int = 1  # of transformers
+    head_dim: int | None = None  # width of a head of the other attentions; None for one head
     cross_attention_dim: int | None = None
-    depth: int | Sequence[int] = 1
+    depth: int | Sequence[int] = 1  # transformer blocks, for all layers or for each
     only_cross_attention: bool = False
-    groups: int | None = None
+    groups: int | None = None  # of the normalisation before a pixel attention; None for no normalisation
 
 
 class Kind(NamedTuple):
@@ -98,17 +81,7 @@ UP_BLOCKS = {name.replace("Down", "Up"): kind for name, kind in DOWN_BLOCKS.item
 
 
 def find_kind(key: str, name: str, kinds: dict[str, Kind], context: bool) -> Kind:
-    """Looks a block type up.
-
-    Args:
-        key: Configuration key, for the message.
-        name: Its value.
-        kinds: The block types.
-        context: Whether the network has a context to attend to.
-
-    Raises:
-        ConfigError: There is no such block type for this network.
-    """
+    """Looks up the block type that the configuration names under ``key``, of those a network with or without ``context`` has."""
     choices = [n for n, kind in kinds.items() if kind.resampler != "skip" and (kind.attention in (None, "pixel") or context)]
     if not context:
         choices += [n for n, kind in kinds.items() if kind.resampler == "skip"]
@@ -117,105 +90,52 @@ def find_kind(key: str, name: str, kinds: dict[str, Kind], context: bool) -> Kin
     return kinds[name]
 
 
-def _attend_pixel(attention: nn.Module, x: torch.Tensor, c: Conditions) -> torch.Tensor:
-    return attention(x)
+def _attend(kind: str, attention: nn.Module, x: torch.Tensor, c: Conditions) -> torch.Tensor:
+    """Calls an attention with what its kind looks at."""
+    if kind == "transformer":
+        return attention(x, c.context, c.mask, c.context_mask)
+    if kind == "added":
+        return attention(x, c.context, c.context_mask if c.mask is None else c.mask)
+    return attention(x, c.temb, c.context, c.mask, c.context_mask) if kind == "k" else attention(x)
 
 
-def _attend_transformer(attention: nn.Module, x: torch.Tensor, c: Conditions) -> torch.Tensor:
-    return attention(x, c.context, c.mask, c.context_mask)
-
-
-def _attend_added(attention: nn.Module, x: torch.Tensor, c: Conditions) -> torch.Tensor:
-    return attention(x, c.context, c.context_mask if c.mask is None else c.mask)
-
-
-def _attend_k(attention: nn.Module, x: torch.Tensor, c: Conditions) -> torch.Tensor:
-    return attention(x, c.temb, c.context, c.mask, c.context_mask)
-
-
-_ATTEND: dict[str, Callable[[nn.Module, torch.Tensor, Conditions], torch.Tensor]] = {
-    "pixel": _attend_pixel,
-    "transformer": _attend_transformer,
-    "added": _attend_added,
-    "k": _attend_k,
-}
-
-
-def pixel_attention(channels: int, head_dim: int | None, groups: int | None, eps: float, scale: float) -> Attention:
-    """Attention within a feature map, added to it; ``scale`` divides the sum."""
+def pixel_attention(channels: int, head_dim: int | None, groups: int | None, eps: float, **options: Any) -> Attention:
+    """Attention within a feature map, and with options perhaps beyond, added to it."""
     head_dim = head_dim or channels
-    return Attention(
-        channels,
-        heads=channels // head_dim,
-        dim_head=head_dim,
-        bias=True,
-        norm_num_groups=groups,
-        eps=eps,
-        residual_connection=True,
-        rescale_output_factor=scale,
-    )
+    options |= {"bias": True, "residual_connection": True, "norm_num_groups": groups, "eps": eps}
+    return Attention(channels, heads=channels // head_dim, dim_head=head_dim, **options)
 
 
 def _attention(
     kind: str, channels: int, level: Level, shared: Shared, depth: int, scale: float = 1.0, k_self_attention: bool = False
 ) -> nn.Module:
+    context, only_context = level.cross_attention_dim, level.only_cross_attention
     if kind == "pixel":
-        return pixel_attention(channels, level.head_dim, level.groups, shared.norm_eps, scale)
+        return pixel_attention(channels, level.head_dim, level.groups, shared.norm_eps, rescale_output_factor=scale)
     if kind == "transformer":
-        return Transformer2D(
-            channels,
-            level.heads,
-            level.cross_attention_dim,
-            depth,
-            shared.norm_num_groups or 32,
-            shared.use_linear_projection,
-            level.only_cross_attention,
-        )
-    head_dim = level.head_dim or channels
+        groups = shared.norm_num_groups or 32
+        return Transformer2D(channels, level.heads, context, depth, groups, shared.use_linear_projection, only_context)
     if kind == "k":
-        return KAttentionBlock(channels, head_dim, level.cross_attention_dim, shared.temb_channels, k_self_attention)
-    return Attention(
-        channels,
-        heads=channels // head_dim,
-        dim_head=head_dim,
-        bias=True,
-        norm_num_groups=level.groups,
-        residual_connection=True,
-        added_kv_proj_dim=level.cross_attention_dim,
-        only_cross_attention=level.only_cross_attention,
-        cross_attention_norm=shared.cross_attention_norm,
-    )
+        return KAttentionBlock(channels, level.head_dim or channels, context, shared.temb_channels, k_self_attention)
+    added = {"added_kv_proj_dim": context, "only_cross_attention": only_context}
+    norm = shared.cross_attention_norm
+    return pixel_attention(channels, level.head_dim, level.groups, 1e-5, cross_attention_norm=norm, **added)
 
 
 def make_resnet(shared: Shared, in_channels: int, out_channels: int, scale: float, **options: Any) -> ResnetBlock2D:
     """A residual layer that takes the activated time embedding."""
-    return ResnetBlock2D(
-        in_channels,
-        out_channels,
-        temb_channels=shared.temb_channels,
-        eps=shared.norm_eps,
-        dropout=shared.dropout,
-        act=shared.act_fn,
-        time_embedding_norm=shared.resnet_time_scale_shift,
-        output_scale_factor=scale,
-        skip_time_act=True,
-        **{"groups": shared.norm_num_groups or 32, **options},
-    )
+    options = {"groups": shared.norm_num_groups or 32, "eps": shared.norm_eps, "dropout": shared.dropout, **options}
+    options |= {"act": shared.act_fn, "time_embedding_norm": shared.resnet_time_scale_shift, "output_scale_factor": scale}
+    return ResnetBlock2D(in_channels, out_channels, temb_channels=shared.temb_channels, **options)
 
 
-def per_layer(value: int | Sequence[int], layers: int, key: str) -> Sequence[int]:
-    """Spreads a number over layers, or checks that there is one for each.
-
-    Raises:
-        ConfigError: The sequence has another length.
-    """
-    if isinstance(value, int):
-        return [value] * layers
-    if len(value) != layers:
-        raise ConfigError(
-            f"{key} gives {len(value)} numbers ({value}) for a block of {layers} layers: give {layers}, or one number"
-        )
-    return value
+def spread(value: Any, count: int, key: str, what: str = "down_block_types") -> list[Any]:
+    """Spreads one configuration value over ``count`` of ``what``; a :class:`ConfigError` if it has another number of values."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise ConfigError(f"{key}={value!r} has {len(value)} values for {count} {what}: give {count}")
+    return list(value)
 
 
 class _Block(nn.Module):
@@ -240,25 +160,25 @@ class _Block(nn.Module):
         self.resnets = nn.ModuleList(layers)
         self.attentions: nn.ModuleList | None = None
         if kind.attention is not None:
-            depths = per_layer(level.depth, len(plan), "transformer_layers_per_block")
+            depths = spread(level.depth, len(plan), "transformer_layers_per_block", "layers of a block")
             self.attentions = nn.ModuleList(
                 _attention(kind.attention, last, level, shared, depth, k_self_attention=k_self_attention)
                 for (_, _, last), depth in zip(plan, depths, strict=True)
             )
-            self.attend = _ATTEND[kind.attention]
-        self.resample_with_time = kind.resampler == "resnet"
+        self.kind, self.attention = kind, kind.attention or ""
+
+    def _resampler(self, shared: Shared, channels: int, up: bool) -> nn.ModuleList:
+        if self.kind.resampler == "resnet":
+            sampler: nn.Module = make_resnet(shared, channels, channels, self.scale, up=up, down=not up)
+        elif self.kind.resampler == "k":
+            sampler = BinomialResample(up=up, padding="reflect")
+        else:
+            sampler = Upsample2D(channels) if up else Downsample2D(channels, padding=shared.downsample_padding)
+        return nn.ModuleList([sampler])
 
 
 class DownBlock(_Block):
-    """Layers, then halving.
-
-    Args:
-        kind: Block type.
-        in_channels: Channels in.
-        out_channels: Channels out.
-        layers: Number of layers.
-        resample: Halve at the end.
-    """
+    """Layers, then halving if ``resample``."""
 
     def __init__(
         self, kind: Kind, shared: Shared, level: Level, in_channels: int, out_channels: int, layers: int, resample: bool
@@ -271,14 +191,7 @@ class DownBlock(_Block):
         self.state_channels = [last] if self.is_k else [out_channels] * (layers + resample)
         self.keeps_state = last > 0
         self.residual_before_resample = kind.attention == "transformer"
-        self.downsamplers: nn.ModuleList | None = None
-        if resample:
-            samplers: dict[str, Callable[[], nn.Module]] = {
-                "conv": lambda: Downsample2D(out_channels, padding=shared.downsample_padding),
-                "resnet": lambda: make_resnet(shared, out_channels, out_channels, self.scale, down=True),
-                "k": lambda: BinomialResample(up=False, padding="reflect"),
-            }
-            self.downsamplers = nn.ModuleList([samplers[kind.resampler]()])
+        self.downsamplers = self._resampler(shared, out_channels, up=False) if resample else None
 
     def forward(
         self, x: torch.Tensor, c: Conditions, residual: torch.Tensor | None = None
@@ -289,21 +202,18 @@ class DownBlock(_Block):
         """
         temb = c.activated if self.activated else c.temb
         states: list[torch.Tensor | None] = []
-        if self.attentions is None:
-            for resnet in self.resnets:
-                x = resnet(x, temb)
-                states.append(x)
-        else:
-            for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-                x = self.attend(attention, resnet(x, temb), c)
-                states.append(x)
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, temb)
+            if self.attentions is not None:
+                x = _attend(self.attention, self.attentions[i], x, c)
+            states.append(x)
         if residual is not None and self.residual_before_resample:
             x = states[-1] = x + residual
         if self.is_k:
             states = [x if self.keeps_state else None]
         if self.downsamplers is not None:
             for sampler in self.downsamplers:
-                x = sampler(x, temb) if self.resample_with_time else sampler(x)
+                x = sampler(x, temb) if self.kind.resampler == "resnet" else sampler(x)
             if not self.is_k:
                 states.append(x)
         if residual is not None and not self.residual_before_resample:
@@ -314,28 +224,14 @@ class DownBlock(_Block):
 class UpBlock(_Block):
     """Layers, each with a state of the way down, then doubling.
 
-    Args:
-        kind: Block type.
-        in_channels: Channels in.
-        out_channels: Channels of the layers.
-        next_channels: Channels of the next block's layers; ``k`` blocks change to them at their end.
-        state_channels: Channels of the states, in order of use; one for each layer, or a single one for ``k`` blocks.
-        layers: Number of layers.
-        resample: Double at the end.
+    ``k`` blocks change to the next block's channels at their end. ``state_channels`` are those of the states, in order of use;
+    one for each layer, or a single one for ``k`` blocks.
     """
 
     def __init__(
-        self,
-        kind: Kind,
-        shared: Shared,
-        level: Level,
-        in_channels: int,
-        out_channels: int,
-        next_channels: int,
-        state_channels: Sequence[int],
-        layers: int,
-        resample: bool,
-    ) -> None:
+        self, kind: Kind, shared: Shared, level: Level, in_channels: int, out_channels: int, next_channels: int,
+        state_channels: Sequence[int], layers: int, resample: bool,
+    ) -> None:  # fmt: skip
         self.is_k = kind.resampler == "k"
         self.out_channels = next_channels if self.is_k else out_channels
         inputs = [in_channels] + [out_channels] * (layers - 1)
@@ -346,61 +242,45 @@ class UpBlock(_Block):
         super().__init__(kind, shared, level, channels, k_self_attention=state_channels[0] == 0)
         self.num_states = len(state_channels)
         self.takes_size = kind.resampler == "conv"
-        self.upsamplers: nn.ModuleList | None = None
-        if resample:
-            samplers: dict[str, Callable[[], nn.Module]] = {
-                "conv": lambda: Upsample2D(out_channels),
-                "resnet": lambda: make_resnet(shared, out_channels, out_channels, self.scale, up=True),
-                "k": lambda: BinomialResample(up=True, padding="reflect"),
-            }
-            self.upsamplers = nn.ModuleList([samplers[kind.resampler]()])
+        self.upsamplers = self._resampler(shared, out_channels, up=True) if resample else None
 
     def forward(
         self, x: torch.Tensor, states: list[torch.Tensor], c: Conditions, size: tuple[int, int] | None = None
     ) -> torch.Tensor:
         """``x`` (B, C, H, W), ``states`` of the way down, last used first -> (B, C', 2H, 2W), or of ``size``."""
         temb = c.activated if self.activated else c.temb
-        attentions = self.attentions or [None] * len(self.resnets)
-        for i, (resnet, attention) in enumerate(zip(self.resnets, attentions, strict=True)):
+        for i, resnet in enumerate(self.resnets):
             if i < self.num_states and states[-1 - i] is not None:
                 x = torch.cat([x, states[-1 - i]], dim=1)
             x = resnet(x, temb)
-            if attention is not None:
-                x = self.attend(attention, x, c)
+            if self.attentions is not None:
+                x = _attend(self.attention, self.attentions[i], x, c)
         if self.upsamplers is not None:
             for sampler in self.upsamplers:
-                x = sampler(x, temb) if self.resample_with_time else sampler(x) if size is None else sampler(x, size)
+                x = sampler(x, temb) if self.kind.resampler == "resnet" else sampler(x) if size is None else sampler(x, size)
         return x
 
 
 class MidBlock(nn.Module):
     """A layer, and perhaps an attention and another layer, at the lowest resolution.
 
-    Args:
-        attention: Kind of attention, ``None`` for none.
-        channels: Channels in and out.
-        scale: The outputs of the layers and of pixel attentions are divided by this.
-        pair: Have the attention and the second layer.
+    ``scale`` divides the outputs of the layers and of pixel attentions; ``pair`` means attention and second layer.
     """
 
     def __init__(self, attention: str | None, shared: Shared, level: Level, channels: int, scale: float, pair: bool = True) -> None:
         super().__init__()
+        self.attention = attention or ""
         self.activated = not (attention == "added" and shared.resnet_skip_time_act)
         self.resnets = nn.ModuleList(make_resnet(shared, channels, channels, scale) for _ in range(1 + pair))
         self.attentions: nn.ModuleList | None = None
         if attention is not None:
             depth = level.depth if isinstance(level.depth, int) else level.depth[0]
             self.attentions = nn.ModuleList([_attention(attention, channels, level, shared, depth, scale)])
-            self.attend = _ATTEND[attention]
 
     def forward(self, x: torch.Tensor, c: Conditions) -> torch.Tensor:
         """``x`` (B, C, H, W) -> the same."""
         temb = c.activated if self.activated else c.temb
-        first, *rest = self.resnets
-        x = first(x, temb)
+        x = self.resnets[0](x, temb)
         if self.attentions is not None:
-            for attention in self.attentions:
-                x = self.attend(attention, x, c)
-        for resnet in rest:
-            x = resnet(x, temb)
-        return x
+            x = _attend(self.attention, self.attentions[0], x, c)
+        return self.resnets[1](x, temb) if len(self.resnets) > 1 else x

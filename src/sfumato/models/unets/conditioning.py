@@ -22,21 +22,14 @@ from ..layers.resnet import activation
 from .base import UNetBase, check_choice
 
 ADDED_INPUTS: dict[str | None, tuple[str, ...]] = {
-    None: (),
-    "text": (),
-    "text_image": ("text_embeds", "image_embeds"),
-    "text_time": ("text_embeds", "time_ids"),
-    "image": ("image_embeds",),
-    "image_hint": ("image_embeds", "hint"),
-}
+    None: (), "text": (), "text_image": ("text_embeds", "image_embeds"), "text_time": ("text_embeds", "time_ids"),
+    "image": ("image_embeds",), "image_hint": ("image_embeds", "hint"),
+}  # fmt: skip
 """``addition_embed_type`` -> what ``added_cond_kwargs`` must hold."""
 
 TOKEN_INPUTS: dict[str | None, tuple[str, ...]] = {
-    None: (),
-    "text_proj": (),
-    "text_image_proj": ("image_embeds",),
-    "image_proj": ("image_embeds",),
-}
+    None: (), "text_proj": (), "text_image_proj": ("image_embeds",), "image_proj": ("image_embeds",),
+}  # fmt: skip
 """``encoder_hid_dim_type`` -> what ``added_cond_kwargs`` must hold."""
 
 _CLASS_TYPES = (None, "timestep", "identity", "projection", "simple_projection")
@@ -46,55 +39,35 @@ class ConditionedUNet(UNetBase):
     """A U-Net with the embeddings of the conditional models; built from the configuration, by its key names."""
 
     def _build_conditioning(self) -> int:
-        """Builds the embeddings.
-
-        Returns:
-            Width of the time embedding that the blocks receive.
-        """
+        """Builds the embeddings; returns the width of the time embedding that the blocks receive."""
         config = self.config
         check_choice("time_embedding_type", config.time_embedding_type, ("positional", "fourier"))
         check_choice("class_embed_type", config.class_embed_type, _CLASS_TYPES)
         check_choice("addition_embed_type", config.addition_embed_type, ADDED_INPUTS)
         check_choice("encoder_hid_dim_type", config.encoder_hid_dim_type, TOKEN_INPUTS)
-        width = config.block_out_channels[0]
+        in_dim = config.block_out_channels[0]
+        time_dim = config.time_embedding_dim or in_dim * 4
         if config.time_embedding_type == "fourier":
-            time_dim = in_dim = config.time_embedding_dim or width * 2
+            time_dim = in_dim = config.time_embedding_dim or in_dim * 2
             if time_dim % 2:
                 raise ConfigError(f"time_embedding_dim={time_dim} must be even with time_embedding_type='fourier'")
             self.time_proj = GaussianFourierProjection(time_dim // 2, flip_sin_to_cos=config.flip_sin_to_cos)
-        else:
-            time_dim, in_dim = config.time_embedding_dim or width * 4, width
-        self.is_fourier = config.time_embedding_type == "fourier"
-        self.time_input_dim = in_dim
-        self.time_embedding = TimestepEmbedding(
-            in_dim, time_dim, config.act_fn, config.timestep_post_act, config.time_cond_proj_dim
-        )
+        acts = config.act_fn, config.timestep_post_act
+        self.time_embedding = TimestepEmbedding(in_dim, time_dim, *acts, config.time_cond_proj_dim)
         act = config.time_embedding_act_fn
         self.time_embed_act = None if act is None else activation(act)
-        self._build_class_embedding(in_dim, time_dim)
-        self._build_additions(time_dim)
-        self._build_token_projection()
-        needed = (*ADDED_INPUTS[config.addition_embed_type], *TOKEN_INPUTS[config.encoder_hid_dim_type])
-        self.added_inputs = frozenset(needed)
-        return time_dim * 2 if config.class_embeddings_concat else time_dim
-
-    def _build_class_embedding(self, in_dim: int, time_dim: int) -> None:
-        config, kind = self.config, self.config.class_embed_type
-        if kind in ("projection", "simple_projection") and config.projection_class_embeddings_input_dim is None:
-            raise ConfigError(f"class_embed_type={kind!r} needs projection_class_embeddings_input_dim, the width of class_labels")
-        self.class_embedding: nn.Module | None = None
-        if kind == "timestep":
-            self.class_embedding = TimestepEmbedding(in_dim, time_dim, config.act_fn)
-        elif kind == "identity":
-            self.class_embedding = nn.Identity()
-        elif kind == "projection":
-            self.class_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, time_dim)
-        elif kind == "simple_projection":
-            self.class_embedding = nn.Linear(config.projection_class_embeddings_input_dim, time_dim)
-        elif config.num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(config.num_class_embeds, time_dim)
+        self._build_classes(in_dim, time_dim, config.act_fn if config.class_embed_type == "timestep" else "silu")
         if config.class_embeddings_concat and self.class_embedding is None:
             raise ConfigError("class_embeddings_concat=True needs a class embedding: give class_embed_type or num_class_embeds")
+        self._build_additions(time_dim)
+        self._build_token_projection()
+        self.added_inputs = frozenset((*ADDED_INPUTS[config.addition_embed_type], *TOKEN_INPUTS[config.encoder_hid_dim_type]))
+        return time_dim * 2 if config.class_embeddings_concat else time_dim
+
+    def _need(self, chosen: str, *keys: str) -> None:
+        for key in keys:
+            if self.config[key] is None:
+                raise ConfigError(f"{chosen}={self.config[chosen]!r} needs {key}")
 
     def _build_additions(self, time_dim: int) -> None:
         config, kind = self.config, self.config.addition_embed_type
@@ -108,13 +81,10 @@ class ConditionedUNet(UNetBase):
         elif kind == "text_image":
             self.add_embedding = TextImageTimeEmbedding(context_dim, context_dim, time_dim)
         elif kind == "text_time":
-            for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-                if config[key] is None:
-                    raise ConfigError(f"addition_embed_type='text_time' needs {key}")
+            self._need("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
             self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, time_dim)
         elif kind is not None:
-            if config.encoder_hid_dim is None:
-                raise ConfigError(f"addition_embed_type={kind!r} needs encoder_hid_dim, the width of the picture embedding")
+            self._need("addition_embed_type", "encoder_hid_dim")
             self.add_embedding = ImageTimeEmbedding(config.encoder_hid_dim, time_dim, hint=kind == "image_hint")
 
     def _build_token_projection(self) -> None:
@@ -122,8 +92,7 @@ class ConditionedUNet(UNetBase):
         self.encoder_hid_proj: nn.Module | None = None
         if kind is None:
             return
-        if config.encoder_hid_dim is None:
-            raise ConfigError(f"encoder_hid_dim_type={kind!r} needs encoder_hid_dim, the width before the projection")
+        self._need("encoder_hid_dim_type", "encoder_hid_dim")
         width, context_dim = config.encoder_hid_dim, config.cross_attention_dim
         if kind == "text_proj":
             self.encoder_hid_proj = nn.Linear(width, context_dim)
@@ -142,76 +111,40 @@ class ConditionedUNet(UNetBase):
             if name not in added:
                 raise ValueError(f"added_cond_kwargs lacks {name!r}: this network needs {', '.join(sorted(self.added_inputs))}")
 
-    def project_time(self, times: torch.Tensor) -> torch.Tensor:
-        """``(B,)`` -> ``(B, D)``, before the linear layers."""
-        if self.is_fourier:
-            return self.time_proj(times)
-        return sinusoids(times, self.time_input_dim, self.config.flip_sin_to_cos, self.config.freq_shift)
-
     def embed_time(
-        self,
-        times: torch.Tensor,
-        dtype: torch.dtype,
-        context: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        condition: torch.Tensor | None,
-        added: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        """Embeds times, classes and additions.
+        self, times: torch.Tensor, dtype: torch.dtype, context: torch.Tensor | None, labels: torch.Tensor | None,
+        condition: torch.Tensor | None, added: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:  # fmt: skip
+        """Embeds ``times`` (B,), ``class_labels``, ``timestep_cond`` and ``added_cond_kwargs``, checked, as ``(B, T)``.
 
-        Args:
-            times: ``(B,)``.
-            dtype: Of the computation.
-            context: Tokens before their projection, which ``addition_embed_type="text"`` pools.
-            labels: ``class_labels``.
-            condition: ``timestep_cond``.
-            added: ``added_cond_kwargs``, checked.
-
-        Returns:
-            The time embedding that the blocks receive, ``(B, T)``.
+        ``context`` are the tokens before their projection, which ``addition_embed_type="text"`` pools.
         """
-        temb = self.time_embedding(self.project_time(times).to(dtype), condition)
-        if self.class_embedding is not None or labels is not None:
-            temb = self._add_class(temb, labels)
+        temb, classes = self.time_embedding(self.project_time(times).to(dtype), condition), self._embed_class(labels, dtype)
+        if classes is not None:
+            temb = torch.cat([temb, classes], dim=-1) if self.config.class_embeddings_concat else temb + classes
         if self.add_embedding is not None:
-            temb = temb + self._addition(context, added, dtype)
+            temb = temb + self.add_embedding(*self._addition(context, added, dtype))
         return temb if self.time_embed_act is None else self.time_embed_act(temb)
 
-    def _add_class(self, temb: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        config = self.config
-        if self.class_embedding is None:
-            raise ValueError("class_labels are given, but this network was built without classes: leave them out")
-        if labels is None:
-            raise ValueError("class_labels are not given, but this network was built with classes: pass them")
-        if config.class_embed_type == "timestep":
-            labels = self.project_time(labels)
-        if config.class_embed_type is not None:
-            labels = labels.to(temb.dtype)
-        embedded = self.class_embedding(labels).to(temb.dtype)
-        return torch.cat([temb, embedded], dim=-1) if config.class_embeddings_concat else temb + embedded
-
-    def _addition(self, context: torch.Tensor | None, added: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        config, embed = self.config, self.add_embedding
-        assert embed is not None
-        kind = config.addition_embed_type
+    def _addition(
+        self, context: torch.Tensor | None, added: Mapping[str, torch.Tensor], dtype: torch.dtype
+    ) -> tuple[torch.Tensor | None, ...]:
+        """What the embedding of additions reads."""
+        config, kind = self.config, self.config.addition_embed_type
         if kind == "text":
-            return embed(context)
+            return (context,)
         if kind == "text_image":
-            return embed(added["text_embeds"], added["image_embeds"])
+            return added["text_embeds"], added["image_embeds"]
         if kind == "text_time":
             ids = added["time_ids"]
             sizes = sinusoids(ids.flatten(), config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift)
             # (B * 6, D) -> (B, 6 * D)
-            return embed(torch.cat([added["text_embeds"], sizes.reshape(ids.shape[0], -1)], dim=-1).to(dtype))
-        return embed(added["image_embeds"])
+            return (torch.cat([added["text_embeds"], sizes.reshape(ids.shape[0], -1)], dim=-1).to(dtype),)
+        return (added["image_embeds"],)
 
     def project_tokens(self, context: torch.Tensor | None, added: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """Turns ``encoder_hidden_states``, and pictures, into the tokens that the blocks attend to."""
-        kind = self.config.encoder_hid_dim_type
         if self.encoder_hid_proj is None:
             return context
-        if kind == "text_proj":
-            return self.encoder_hid_proj(context)
-        if kind == "text_image_proj":
-            return self.encoder_hid_proj(context, added["image_embeds"])
-        return self.encoder_hid_proj(added["image_embeds"])
+        tokens = () if self.config.encoder_hid_dim_type == "image_proj" else (context,)
+        return self.encoder_hid_proj(*tokens, *(added[name] for name in TOKEN_INPUTS[self.config.encoder_hid_dim_type]))

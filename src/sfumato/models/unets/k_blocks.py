@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..layers.attention import Attention
-from ..layers.conv import Conv2d
+from ..layers.compute import Conv2d
 from ..layers.resnet import activation, add
 
 
@@ -26,16 +28,7 @@ class AdaGroupNorm(nn.Module):
 
 
 class KResnetBlock(nn.Module):
-    """A residual block normalised by :class:`AdaGroupNorm`.
-
-    Args:
-        in_channels: Channels in.
-        mid_channels: Channels between the convolutions.
-        out_channels: Channels out.
-        temb_channels: Width of the time embedding.
-        act: Activation.
-        dropout: Before the second convolution.
-    """
+    """A residual block normalised by :class:`AdaGroupNorm`, of ``mid_channels`` between its convolutions."""
 
     def __init__(
         self, in_channels: int, mid_channels: int, out_channels: int, temb_channels: int, act: str, dropout: float
@@ -47,7 +40,7 @@ class KResnetBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv2d(mid_channels, out_channels, 3, padding=1)
         self.nonlinearity = activation(act)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """``x`` (B, C, H, W), ``temb`` (B, T) -> (B, C', H, W)."""
@@ -60,12 +53,7 @@ class KAttentionBlock(nn.Module):
     """Optional self-attention, then attention to the context, each after :class:`AdaGroupNorm`."""
 
     def __init__(
-        self,
-        channels: int,
-        head_dim: int,
-        cross_attention_dim: int | None,
-        temb_channels: int,
-        self_attention: bool,
+        self, channels: int, head_dim: int, cross_attention_dim: int | None, temb_channels: int, self_attention: bool
     ) -> None:
         super().__init__()
         heads = channels // head_dim
@@ -74,23 +62,14 @@ class KAttentionBlock(nn.Module):
             self.norm1 = AdaGroupNorm(temb_channels, channels)
             self.attn1 = Attention(channels, heads=heads, dim_head=head_dim, bias=True)
         self.norm2 = AdaGroupNorm(temb_channels, channels)
-        self.attn2 = Attention(
-            channels,
-            cross_attention_dim=cross_attention_dim,
-            heads=heads,
-            dim_head=head_dim,
-            bias=True,
-            cross_attention_norm="layer_norm",  # whatever the configuration says
-        )
+        # whatever the configuration says of the context's normalisation
+        options: Any = {"cross_attention_dim": cross_attention_dim, "cross_attention_norm": "layer_norm"}
+        self.attn2 = Attention(channels, heads=heads, dim_head=head_dim, bias=True, **options)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        temb: torch.Tensor,
-        context: torch.Tensor | None,
-        mask: torch.Tensor | None = None,
-        context_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, temb: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None,
+        context_mask: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
         """``x`` (B, C, H, W), ``temb`` (B, T), ``context`` (B, M, C') -> (B, C, H, W)."""
         if self.norm1 is not None and self.attn1 is not None:
             x = self.attn1(self.norm1(x, temb), None, mask) + x
@@ -98,11 +77,9 @@ class KAttentionBlock(nn.Module):
 
 
 class BinomialResample(nn.Module):
-    """Halves or doubles a feature map with the binomial filter 1, 3, 3, 1 in each direction, free of aliasing.
+    """Halves, or doubles if ``up``, with the binomial filter 1, 3, 3, 1 in each direction, free of aliasing.
 
-    Args:
-        up: Double, otherwise halve.
-        padding: ``"reflect"`` or ``"constant"`` (zeros).
+    ``padding`` is ``"reflect"`` or ``"constant"`` (zeros).
     """
 
     def __init__(self, up: bool, padding: str) -> None:

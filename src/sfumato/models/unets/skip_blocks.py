@@ -27,7 +27,7 @@ def _skip_resnet(shared: Shared, in_channels: int, out_channels: int, groups: in
 
 
 def _skip_attention(channels: int, level: Level, shared: Shared) -> Attention:
-    return pixel_attention(channels, level.head_dim, 32, shared.norm_eps, math.sqrt(2.0))
+    return pixel_attention(channels, level.head_dim, 32, shared.norm_eps, rescale_output_factor=math.sqrt(2.0))
 
 
 class SkipDownBlock(nn.Module):
@@ -75,17 +75,9 @@ class SkipUpBlock(nn.Module):
     takes_size = False
 
     def __init__(
-        self,
-        kind: Kind,
-        shared: Shared,
-        level: Level,
-        in_channels: int,
-        out_channels: int,
-        next_channels: int,
-        state_channels: Sequence[int],
-        layers: int,
-        resample: bool,
-    ) -> None:
+        self, kind: Kind, shared: Shared, level: Level, in_channels: int, out_channels: int, next_channels: int,
+        state_channels: Sequence[int], layers: int, resample: bool,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.out_channels, self.num_states = out_channels, len(state_channels)
         inputs = [in_channels] + [out_channels] * (layers - 1)

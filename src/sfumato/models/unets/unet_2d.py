@@ -7,11 +7,11 @@ from torch import nn
 
 from ...errors import ConfigError
 from ..layers.attention import upgrade_attention_names
-from ..layers.conv import pixels_last
-from ..layers.embeddings import GaussianFourierProjection, TimestepEmbedding, sinusoids
+from ..layers.compute import Conv2d, pixels_last
+from ..layers.embeddings import GaussianFourierProjection, TimestepEmbedding
 from ..layers.resnet import activation
-from .base import UNet2DOutput, UNetBase, check_choice, per_level, shared_options, time_tensor
-from .blocks import Conditions, Level, MidBlock
+from .base import UNet2DOutput, UNetBase, check_choice, shared_options, time_tensor
+from .blocks import Conditions, Level, MidBlock, spread
 from .skip_blocks import SkipDownBlock, SkipUpBlock
 
 _RESAMPLERS = {"conv": "conv", "resnet": "resnet", None: "conv"}
@@ -22,32 +22,20 @@ class UNet2DModel(UNetBase):
 
     Args:
         sample_size: Height and width it was trained for; information only.
-        in_channels: Channels of the sample.
-        out_channels: Channels of the prediction.
+        in_channels, out_channels: Of the sample and of the prediction.
         center_input_sample: The sample is given in 0..1 and moved to -1..1.
-        time_embedding_type: ``"positional"``, ``"fourier"`` or ``"learned"``.
-        time_embedding_dim: Width of the time embedding; four times the first channels when not given.
-        freq_shift: See :func:`~sfumato.models.layers.embeddings.sinusoids`.
-        flip_sin_to_cos: Cosines first.
-        down_block_types: From the finest resolution.
-        mid_block_type: ``"UNetMidBlock2D"`` or ``None``.
-        up_block_types: From the coarsest resolution.
-        block_out_channels: Channels of each resolution.
-        layers_per_block: Residual layers of each down block; up blocks have one more.
-        mid_block_scale_factor: Outputs in the middle are divided by this.
-        downsample_padding: Padding of the halving convolutions.
-        downsample_type: How blocks with attention halve: ``"conv"`` or ``"resnet"``.
-        upsample_type: How they double.
-        dropout: In the residual layers.
-        act_fn: Activation: ``"silu"``, ``"swish"``, ``"mish"``, ``"gelu"`` or ``"relu"``.
+        time_embedding_type, time_embedding_dim: ``"positional"``, ``"fourier"`` or ``"learned"``; its width.
+        freq_shift, flip_sin_to_cos: See :func:`~sfumato.models.layers.embeddings.sinusoids`.
+        down_block_types, up_block_types: From the finest resolution; from the coarsest.
+        mid_block_type, add_attention, mid_block_scale_factor: ``"UNetMidBlock2D"`` or ``None``; its attention; divides its outputs.
+        block_out_channels, layers_per_block: Channels and residual layers of each resolution; up blocks have one layer more.
+        downsample_padding, downsample_type, upsample_type: How blocks halve; ``"conv"`` or ``"resnet"`` in blocks with attention.
+        dropout, act_fn: In residual layers; ``"silu"``, ``"swish"``, ``"mish"``, ``"gelu"`` or ``"relu"``.
         attention_head_dim: Width of an attention head; ``None`` for a single head.
-        norm_num_groups: Groups of the normalisations.
+        norm_num_groups, norm_eps: Of the normalisations.
         attn_norm_num_groups: Of the attention in the middle; by default as the others, or none with ``scale_shift``.
-        norm_eps: Of the normalisations.
         resnet_time_scale_shift: ``"default"`` adds the time embedding, ``"scale_shift"`` modulates with it.
-        add_attention: Have attention in the middle.
-        class_embed_type: ``None``, ``"timestep"`` or ``"identity"``.
-        num_class_embeds: Number of classes, ``None`` for none.
+        class_embed_type, num_class_embeds: ``None``, ``"timestep"`` or ``"identity"``; number of classes.
         num_train_timesteps: Number of times, for learned time embeddings.
 
     Raises:
@@ -55,58 +43,41 @@ class UNet2DModel(UNetBase):
     """
 
     def __init__(
-        self,
-        sample_size: int | tuple[int, int] | None = None,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        center_input_sample: bool = False,
-        time_embedding_type: str = "positional",
-        time_embedding_dim: int | None = None,
-        freq_shift: int = 0,
-        flip_sin_to_cos: bool = True,
+        self, sample_size: int | tuple[int, int] | None = None, in_channels: int = 3, out_channels: int = 3,
+        center_input_sample: bool = False, time_embedding_type: str = "positional", time_embedding_dim: int | None = None,
+        freq_shift: int = 0, flip_sin_to_cos: bool = True,
         down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         mid_block_type: str | None = "UNetMidBlock2D",
         up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        block_out_channels: tuple[int, ...] = (224, 448, 672, 896),
-        layers_per_block: int = 2,
-        mid_block_scale_factor: float = 1,
-        downsample_padding: int = 1,
-        downsample_type: str = "conv",
-        upsample_type: str = "conv",
-        dropout: float = 0.0,
-        act_fn: str = "silu",
-        attention_head_dim: int | None = 8,
-        norm_num_groups: int = 32,
-        attn_norm_num_groups: int | None = None,
-        norm_eps: float = 1e-5,
-        resnet_time_scale_shift: str = "default",
-        add_attention: bool = True,
-        class_embed_type: str | None = None,
-        num_class_embeds: int | None = None,
+        block_out_channels: tuple[int, ...] = (224, 448, 672, 896), layers_per_block: int = 2, mid_block_scale_factor: float = 1,
+        downsample_padding: int = 1, downsample_type: str = "conv", upsample_type: str = "conv", dropout: float = 0.0,
+        act_fn: str = "silu", attention_head_dim: int | None = 8, norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None, norm_eps: float = 1e-5, resnet_time_scale_shift: str = "default",
+        add_attention: bool = True, class_embed_type: str | None = None, num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self._check_config()
         time_dim = time_embedding_dim or block_out_channels[0] * 4
         shared = shared_options(self.config, time_dim)
-        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
+        self.conv_in = Conv2d(in_channels, block_out_channels[0], 3, padding=1)
         self._build_time(block_out_channels[0], time_dim)
         for key in ("downsample_type", "upsample_type"):
             check_choice(key, self.config[key], _RESAMPLERS)
         resamplers = (_RESAMPLERS[downsample_type], _RESAMPLERS[upsample_type])
         level = Level(head_dim=attention_head_dim, groups=norm_num_groups)
         count = len(down_block_types)
-        self._build(shared, [level] * count, per_level(layers_per_block, count, "layers_per_block"), None, resamplers, False)
+        self._build(shared, [level] * count, spread(layers_per_block, count, "layers_per_block"), None, resamplers, False)
         if in_channels != 3 and any(isinstance(b, (SkipDownBlock, SkipUpBlock)) for b in (*self.down_blocks, *self.up_blocks)):
             raise ConfigError(f"in_channels={in_channels}: blocks of the Skip types carry a picture of 3 channels")
         check_choice("mid_block_type", mid_block_type, ("UNetMidBlock2D", None))
         if attn_norm_num_groups is None and resnet_time_scale_shift == "default":
             attn_norm_num_groups = norm_num_groups
         mid = Level(head_dim=attention_head_dim, groups=attn_norm_num_groups)
-        attention = "pixel" if add_attention else None
-        self.mid_block = (
-            MidBlock(attention, shared, mid, block_out_channels[-1], mid_block_scale_factor) if mid_block_type else None
-        )
+        self.mid_block = None
+        if mid_block_type is not None:
+            attention = "pixel" if add_attention else None
+            self.mid_block = MidBlock(attention, shared, mid, block_out_channels[-1], mid_block_scale_factor)
         self._build_out(norm_num_groups, "silu")
         self.activation = activation(act_fn)
 
@@ -121,48 +92,17 @@ class UNet2DModel(UNetBase):
                 raise ConfigError("time_embedding_type='learned' needs num_train_timesteps, the number of times")
             self.time_proj = nn.Embedding(config.num_train_timesteps, width)
         self.time_embedding = TimestepEmbedding(2 * width if kind == "fourier" else width, time_dim)
-        class_type = config.class_embed_type
-        self.class_embedding: nn.Module | None = None
-        if class_type == "timestep":
-            self.class_embedding = TimestepEmbedding(width, time_dim)
-        elif class_type == "identity":
-            self.class_embedding = nn.Identity()
-        elif config.num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(config.num_class_embeds, time_dim)
+        self._build_classes(width, time_dim)
 
     @classmethod
     def upgrade_state_dict(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Renames the attention projections of early checkpoints."""
         return upgrade_attention_names(tensors)
 
-    def _embed(self, times: torch.Tensor, labels: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        config = self.config
-        embedded = self._project(times).to(dtype)
-        temb = self.time_embedding(embedded)
-        if (self.class_embedding is None) != (labels is None):
-            have = "was built without classes: leave them out" if labels is not None else "was built with classes: pass them"
-            raise ValueError(f"class_labels {'are' if labels is not None else 'are not'} given, but this network {have}")
-        if self.class_embedding is None or labels is None:
-            return temb
-        if config.class_embed_type == "timestep":
-            labels = self._project(labels)
-        if config.class_embed_type is not None:
-            labels = labels.to(dtype)
-        return temb + self.class_embedding(labels).to(dtype)
-
-    def _project(self, times: torch.Tensor) -> torch.Tensor:
-        config = self.config
-        if config.time_embedding_type == "positional":
-            return sinusoids(times, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
-        return self.time_proj(times)
-
     def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float | int,
-        class_labels: torch.Tensor | None = None,
+        self, sample: torch.Tensor, timestep: torch.Tensor | float | int, class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> UNet2DOutput | tuple[torch.Tensor]:
+    ) -> UNet2DOutput | tuple[torch.Tensor]:  # fmt: skip
         """Predicts.
 
         Args:
@@ -181,7 +121,10 @@ class UNet2DModel(UNetBase):
         times = time_tensor(timestep, sample)
         if self.config.center_input_sample:
             sample = 2 * sample - 1.0
-        temb = self._embed(times, class_labels, self.conv_in.weight.dtype)
+        dtype = self.conv_in.weight.dtype
+        temb, classes = self.time_embedding(self.project_time(times).to(dtype)), self._embed_class(class_labels, dtype)
+        if classes is not None:
+            temb = temb + classes
         c = Conditions(temb, self.activation(temb))
         x, states = self._down(self.conv_in(pixels_last(sample)), c, picture=sample)
         if self.mid_block is not None:

@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...errors import ConfigError
 from ..layers.attention import additive_mask
-from ..layers.conv import pixels_last
+from ..layers.compute import Conv2d, pixels_last
 from ..layers.embeddings import ImageTimeEmbedding
 from ..layers.resnet import activation
-from .base import UNet2DConditionOutput, check_choice, per_level, shared_options, time_tensor
-from .blocks import Conditions, Level, MidBlock, Shared
+from .base import UNet2DConditionOutput, check_choice, shared_options, time_tensor
+from .blocks import Conditions, Level, MidBlock, Shared, spread
 from .conditioning import ConditionedUNet
 
 _MID_BLOCKS = {"UNetMidBlock2DCrossAttn": "transformer", "UNetMidBlock2DSimpleCrossAttn": "added", "UNetMidBlock2D": None}
@@ -26,109 +25,65 @@ class UNet2DConditionModel(ConditionedUNet):
 
     Args:
         sample_size: Height and width of the sample it was trained for; information only.
-        in_channels: Channels of the sample.
-        out_channels: Channels of the prediction.
-        center_input_sample: The sample is given in 0..1 and moved to -1..1.
-        flip_sin_to_cos: Cosines first in time embeddings.
-        freq_shift: See :func:`~sfumato.models.layers.embeddings.sinusoids`.
-        down_block_types: From the finest resolution.
+        in_channels, out_channels, center_input_sample: Of the sample and the prediction; the sample is given in 0..1.
+        flip_sin_to_cos, freq_shift: See :func:`~sfumato.models.layers.embeddings.sinusoids`.
+        down_block_types, up_block_types: From the finest resolution; from the coarsest.
         mid_block_type: ``"UNetMidBlock2DCrossAttn"``, ``"UNetMidBlock2DSimpleCrossAttn"``, ``"UNetMidBlock2D"`` or ``None``.
-        up_block_types: From the coarsest resolution.
-        only_cross_attention: No attention within the picture; for all resolutions or for each.
-        block_out_channels: Channels of each resolution.
-        layers_per_block: Residual layers, for all down blocks or for each; up blocks have one more.
+        only_cross_attention, mid_block_only_cross_attention: No attention within the picture; in the middle.
+        block_out_channels, layers_per_block: Channels and residual layers of each resolution; up blocks have one layer more.
         downsample_padding: Padding of the halving convolutions.
-        mid_block_scale_factor: Outputs of the residual layers in the middle are divided by this.
-        dropout: In the residual layers.
-        act_fn: Activation: ``"silu"``, ``"swish"``, ``"mish"``, ``"gelu"`` or ``"relu"``.
-        norm_num_groups: Groups of the normalisations; ``None`` for networks of ``K`` blocks, which have their own.
-        norm_eps: Of the normalisations.
+        mid_block_scale_factor, resnet_out_scale_factor: Divide the outputs of residual layers in the middle; in ``Simple`` blocks.
+        dropout, act_fn: In residual layers; ``"silu"``, ``"swish"``, ``"mish"``, ``"gelu"`` or ``"relu"``.
+        norm_num_groups, norm_eps: Of the normalisations; ``None`` groups for networks of ``K`` blocks, which have their own.
         cross_attention_dim: Width of the tokens, for all resolutions or for each.
         transformer_layers_per_block: Depth of the transformers, for all, for each resolution, or for each layer of each.
         reverse_transformer_layers_per_block: The same for the up blocks, from the coarsest.
-        encoder_hid_dim: Width of the tokens before a projection.
-        encoder_hid_dim_type: ``None``, ``"text_proj"``, ``"text_image_proj"`` or ``"image_proj"``.
+        encoder_hid_dim, encoder_hid_dim_type: Width before, and kind of, a projection of the tokens: ``None``, ``"text_proj"``,
+            ``"text_image_proj"`` or ``"image_proj"``.
         attention_head_dim: In transformers the number of heads (a misnomer that checkpoints keep), elsewhere their width.
-        num_attention_heads: Must be ``None``.
-        dual_cross_attention: Not offered.
+        num_attention_heads, dual_cross_attention, attention_type: Not offered; must keep their defaults.
         use_linear_projection: Transformers project by linear layers instead of 1x1 convolutions.
-        class_embed_type: ``None``, ``"timestep"``, ``"identity"``, ``"projection"`` or ``"simple_projection"``.
+        class_embed_type, num_class_embeds: ``None``, ``"timestep"``, ``"identity"``, ``"projection"``, ``"simple_projection"``.
+        class_embeddings_concat: Concatenate the class embedding to the time embedding instead of adding it.
         addition_embed_type: ``None``, ``"text"``, ``"text_image"``, ``"text_time"``, ``"image"`` or ``"image_hint"``.
-        addition_time_embed_dim: Width of the embedding of each size number with ``"text_time"``.
-        num_class_embeds: Number of classes, ``None`` for none.
+        addition_time_embed_dim, addition_embed_type_num_heads: Of each number of ``"text_time"``; heads of ``"text"``.
+        projection_class_embeddings_input_dim: Width of the input of projections of classes, or of ``"text_time"``.
         upcast_attention: Accepted and without effect: attention scores are always accumulated in float32.
         resnet_time_scale_shift: ``"default"`` adds the time embedding, ``"scale_shift"`` modulates with it.
         resnet_skip_time_act: Do not activate the time embedding in blocks of the ``Simple`` and ``Resnet`` types.
-        resnet_out_scale_factor: Outputs of their residual layers are divided by this.
-        time_embedding_type: ``"positional"`` or ``"fourier"``.
-        time_embedding_dim: Width of the time embedding.
-        time_embedding_act_fn: Activation of the final time embedding.
-        timestep_post_act: Activation of the time embedding before classes and additions.
+        time_embedding_type, time_embedding_dim: ``"positional"`` or ``"fourier"``; width.
+        time_embedding_act_fn, timestep_post_act: Activation of the final time embedding; before classes and additions.
         time_cond_proj_dim: Width of ``timestep_cond``.
-        conv_in_kernel: Size of the first convolution.
-        conv_out_kernel: Size of the last.
-        projection_class_embeddings_input_dim: Width of the input of projections of classes, or of ``"text_time"``.
-        attention_type: Must be ``"default"``.
-        class_embeddings_concat: Concatenate the class embedding to the time embedding instead of adding it.
-        mid_block_only_cross_attention: ``only_cross_attention`` of the middle.
-        cross_attention_norm: Normalisation of the tokens in ``Simple`` blocks: ``"layer_norm"`` or ``"group_norm"``.
-        addition_embed_type_num_heads: Heads of the pooling with ``"text"``.
+        conv_in_kernel, conv_out_kernel: Size of the first and the last convolution.
+        cross_attention_norm: Normalisation of the tokens in ``Simple`` and ``K`` blocks: ``"layer_norm"`` or ``"group_norm"``.
 
     Raises:
         ConfigError: Values are unknown or do not fit together.
     """
 
     def __init__(
-        self,
-        sample_size: int | tuple[int, int] | None = None,
-        in_channels: int = 4,
-        out_channels: int = 4,
-        center_input_sample: bool = False,
-        flip_sin_to_cos: bool = True,
-        freq_shift: int = 0,
+        self, sample_size: int | tuple[int, int] | None = None, in_channels: int = 4, out_channels: int = 4,
+        center_input_sample: bool = False, flip_sin_to_cos: bool = True, freq_shift: int = 0,
         down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
         mid_block_type: str | None = "UNetMidBlock2DCrossAttn",
         up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-        only_cross_attention: bool | tuple[bool, ...] = False,
-        block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
-        layers_per_block: int | tuple[int, ...] = 2,
-        downsample_padding: int = 1,
-        mid_block_scale_factor: float = 1,
-        dropout: float = 0.0,
-        act_fn: str = "silu",
-        norm_num_groups: int | None = 32,
-        norm_eps: float = 1e-5,
+        only_cross_attention: bool | tuple[bool, ...] = False, block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
+        layers_per_block: int | tuple[int, ...] = 2, downsample_padding: int = 1, mid_block_scale_factor: float = 1,
+        dropout: float = 0.0, act_fn: str = "silu", norm_num_groups: int | None = 32, norm_eps: float = 1e-5,
         cross_attention_dim: int | tuple[int, ...] = 1280,
         transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1,
-        reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None,
-        encoder_hid_dim: int | None = None,
-        encoder_hid_dim_type: str | None = None,
-        attention_head_dim: int | tuple[int, ...] = 8,
-        num_attention_heads: int | tuple[int, ...] | None = None,
-        dual_cross_attention: bool = False,
-        use_linear_projection: bool = False,
-        class_embed_type: str | None = None,
-        addition_embed_type: str | None = None,
-        addition_time_embed_dim: int | None = None,
-        num_class_embeds: int | None = None,
-        upcast_attention: bool = False,
-        resnet_time_scale_shift: str = "default",
-        resnet_skip_time_act: bool = False,
-        resnet_out_scale_factor: float = 1.0,
-        time_embedding_type: str = "positional",
-        time_embedding_dim: int | None = None,
-        time_embedding_act_fn: str | None = None,
-        timestep_post_act: str | None = None,
-        time_cond_proj_dim: int | None = None,
-        conv_in_kernel: int = 3,
-        conv_out_kernel: int = 3,
-        projection_class_embeddings_input_dim: int | None = None,
-        attention_type: str = "default",
-        class_embeddings_concat: bool = False,
-        mid_block_only_cross_attention: bool | None = None,
-        cross_attention_norm: str | None = None,
-        addition_embed_type_num_heads: int = 64,
-    ) -> None:
+        reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None, encoder_hid_dim: int | None = None,
+        encoder_hid_dim_type: str | None = None, attention_head_dim: int | tuple[int, ...] = 8,
+        num_attention_heads: int | tuple[int, ...] | None = None, dual_cross_attention: bool = False,
+        use_linear_projection: bool = False, class_embed_type: str | None = None, addition_embed_type: str | None = None,
+        addition_time_embed_dim: int | None = None, num_class_embeds: int | None = None, upcast_attention: bool = False,
+        resnet_time_scale_shift: str = "default", resnet_skip_time_act: bool = False, resnet_out_scale_factor: float = 1.0,
+        time_embedding_type: str = "positional", time_embedding_dim: int | None = None, time_embedding_act_fn: str | None = None,
+        timestep_post_act: str | None = None, time_cond_proj_dim: int | None = None, conv_in_kernel: int = 3,
+        conv_out_kernel: int = 3, projection_class_embeddings_input_dim: int | None = None, attention_type: str = "default",
+        class_embeddings_concat: bool = False, mid_block_only_cross_attention: bool | None = None,
+        cross_attention_norm: str | None = None, addition_embed_type_num_heads: int = 64,
+    ) -> None:  # fmt: skip
         super().__init__()
         self._check_config()
         check_choice("cross_attention_norm", cross_attention_norm, (None, "layer_norm", "group_norm"))
@@ -136,10 +91,10 @@ class UNet2DConditionModel(ConditionedUNet):
         if encoder_hid_dim is not None and encoder_hid_dim_type is None:
             self.register_to_config(encoder_hid_dim_type="text_proj")
         width = block_out_channels[0]
-        self.conv_in = nn.Conv2d(in_channels, width, conv_in_kernel, padding=(conv_in_kernel - 1) // 2)
+        self.conv_in = Conv2d(in_channels, width, conv_in_kernel, padding=(conv_in_kernel - 1) // 2)
         temb_channels = self._build_conditioning()
         shared = shared_options(self.config, temb_channels)
-        layers = per_level(layers_per_block, len(down_block_types), "layers_per_block")
+        layers = spread(layers_per_block, len(down_block_types), "layers_per_block")
         levels, up_levels = _levels(self.config)
         self._build(shared, levels, layers, up_levels)
         self.mid_block = self._build_mid(shared, levels[-1])
@@ -152,32 +107,24 @@ class UNet2DConditionModel(ConditionedUNet):
         check_choice("mid_block_type", kind, (*_MID_BLOCKS, None))
         if kind is None:
             return None
-        only_cross = config.mid_block_only_cross_attention
+        only_cross, attention = config.mid_block_only_cross_attention, _MID_BLOCKS[kind]
         if only_cross is None:
-            only_cross = config.only_cross_attention if isinstance(config.only_cross_attention, bool) else False
-        attention = _MID_BLOCKS[kind]
+            only_cross = config.only_cross_attention is True
         # transformers in the middle always attend to the picture too
         level = dataclasses.replace(level, only_cross_attention=only_cross and attention == "added")
-        return MidBlock(
-            attention, shared, level, config.block_out_channels[-1], config.mid_block_scale_factor, attention is not None
-        )
+        scale, pair = config.mid_block_scale_factor, attention is not None
+        return MidBlock(attention, shared, level, config.block_out_channels[-1], scale, pair)
 
     def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float | int,
-        encoder_hidden_states: torch.Tensor | None,
-        class_labels: torch.Tensor | None = None,
-        timestep_cond: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        self, sample: torch.Tensor, timestep: torch.Tensor | float | int, encoder_hidden_states: torch.Tensor | None,
+        class_labels: torch.Tensor | None = None, timestep_cond: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None, cross_attention_kwargs: Mapping[str, Any] | None = None,
         added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
         down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
         mid_block_additional_residual: torch.Tensor | None = None,
         down_intrablock_additional_residuals: Sequence[torch.Tensor] | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        return_dict: bool = True,
-    ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
+        encoder_attention_mask: torch.Tensor | None = None, return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[torch.Tensor]:  # fmt: skip
         """Predicts.
 
         Args:
@@ -224,31 +171,24 @@ class UNet2DConditionModel(ConditionedUNet):
         )
         if isinstance(self.add_embedding, ImageTimeEmbedding) and "hint" in added:
             sample = torch.cat([sample, self.add_embedding.hint(added["hint"])], dim=1)
-        uneven = self._check_sample(sample)
-        x, states = self._down(self.conv_in(pixels_last(sample)), c, self._intrablock(down_intrablock_additional_residuals))
-        if down_block_additional_residuals is not None:
-            states = _add_residuals(states, down_block_additional_residuals)
+        uneven, states_added = self._check_sample(sample), down_block_additional_residuals
+        within = _counted(down_intrablock_additional_residuals, len(self.down_blocks), "down_intrablock_additional_residuals")
+        x, states = self._down(self.conv_in(pixels_last(sample)), c, within)
+        if states_added is not None:
+            counted = _counted(states_added, len(states), "down_block_additional_residuals")
+            states = [state + residual for state, residual in zip(states, counted, strict=True)]
         if self.mid_block is not None:
             x = self.run_block(self.mid_block, x, c)
         if mid_block_additional_residual is not None:
             x = x + mid_block_additional_residual
-        x, _ = self._up(x, states, c, uneven)
-        x = self._out(x)
+        x = self._out(self._up(x, states, c, uneven)[0])
         return UNet2DConditionOutput(x) if return_dict else (x,)
 
-    def _intrablock(self, residuals: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
-        if residuals is None:
-            return ()
-        if len(residuals) != len(self.down_blocks):
-            count = len(self.down_blocks)
-            raise ValueError(f"down_intrablock_additional_residuals holds {len(residuals)} tensors: pass {count}, one a down block")
-        return residuals
 
-
-def _add_residuals(states: list[Any], residuals: Sequence[torch.Tensor]) -> list[Any]:
-    if len(residuals) != len(states):
-        raise ValueError(f"down_block_additional_residuals holds {len(residuals)} tensors, this network has {len(states)} states")
-    return [state + residual for state, residual in zip(states, residuals, strict=True)]
+def _counted(residuals: Sequence[torch.Tensor] | None, count: int, name: str) -> Sequence[torch.Tensor]:
+    if residuals is not None and len(residuals) != count:
+        raise ValueError(f"{name} holds {len(residuals)} tensors, this network takes {count}: pass that many")
+    return residuals or ()
 
 
 def _refuse_unoffered(num_attention_heads: Any, dual_cross_attention: bool, attention_type: str) -> None:
@@ -267,7 +207,7 @@ def _levels(config: Mapping[str, Any]) -> tuple[list[Level], list[Level]]:
     count = len(config["down_block_types"])
 
     def each(key: str) -> list[Any]:
-        return per_level(config[key], count, key)
+        return spread(config[key], count, key)
 
     heads, only_cross, context = each("attention_head_dim"), each("only_cross_attention"), each("cross_attention_dim")
     depths = each("transformer_layers_per_block")

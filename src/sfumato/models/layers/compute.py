@@ -1,10 +1,12 @@
-"""Convolutions on CPU: channels-last pixels, and weights in the order the processor wants."""
+"""Convolutions and linear layers that suit a CPU: the layout of pixels, the order of weights, arithmetic that it has."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 MIN_WEIGHTS, MAX_PIXELS = 2**20, 2048
@@ -16,10 +18,45 @@ def pixels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
+@functools.cache
+def _lacks_bfloat16() -> bool:
+    find: Any = getattr(torch.cpu, "get_capabilities", dict)  # from PyTorch 2.12
+    return find().get("avx512_bf16") is False
+
+
+def _is_plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether this is inference on CPU that nothing else (compiler, autocast, wrapped tensors) has a hand in."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not torch.Tensor:
+        return False
+    same_place = type(weight) is nn.Parameter and x.device.type == weight.device.type == "cpu" and x.dtype is weight.dtype
+    return same_place and not torch.is_autocast_enabled("cpu")
+
+
+def _widens(x: torch.Tensor, weight: torch.Tensor, min_rows: int) -> bool:
+    """Whether to compute in float32: x86 without bfloat16 arithmetic emulates it, three times slower.
+
+    With few rows of the matrix product the conversion of the weights costs more than it gains.
+    """
+    if x.dtype is not torch.bfloat16 or x.numel() < min_rows * weight.shape[1]:
+        return False
+    return _is_plain(x, weight) and _lacks_bfloat16()
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes bfloat16 in float32 where the CPU would emulate it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., in_features)`` -> ``(..., out_features)``."""
+        if _widens(x, self.weight, 96):
+            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float()).bfloat16()
+        return F.linear(x, self.weight, self.bias)
+
+
 class Conv2d(nn.Conv2d):
     """A convolution that, in inference on CPU, puts large weights in oneDNN's order once rather than at every call.
 
     The ordered copy is made on first use, stands in no state dictionary, and is made again when the weights have changed.
+    Like :class:`Linear`, it computes bfloat16 in float32 where the CPU would emulate it.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding: int = 0, bias: bool = True):
@@ -29,26 +66,19 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, C, H, W)`` -> ``(B, C', H', W')``."""
-        if not self.is_large or torch.compiler.is_compiling() or not self._pays(x):
+        if _widens(x, self.weight, 192):
+            return self._conv_forward(x.float(), self.weight.float(), None if self.bias is None else self.bias.float()).bfloat16()
+        if not self.is_large or not self._pays(x):
             return self._conv_forward(x, self.weight, self.bias)
-        options = (self.padding, self.stride, self.dilation, 1, "none", [], "")
+        options: Any = (self.padding, self.stride, self.dilation, 1, "none", [], "")
         return torch.ops.mkldnn._convolution_pointwise(x, self._order(x), self.bias, *options)
 
     def _pays(self, x: torch.Tensor) -> bool:
-        return (
-            not torch.is_grad_enabled()
-            and type(x) is torch.Tensor
-            and type(self.weight) is nn.Parameter
-            and x.device.type == self.weight.device.type == "cpu"
-            and x.dtype == self.weight.dtype
-            and x.dtype in (torch.float32, torch.bfloat16)
-            and x.dim() == 4
-            and x.shape[1] == self.in_channels
-            and 0 < x.shape[0] * x.shape[2] * x.shape[3] <= MAX_PIXELS
-            and torch.backends.mkldnn.is_available()
-            and torch.backends.mkldnn.enabled
-            and not torch.is_autocast_enabled("cpu")
-        )
+        if x.dim() != 4 or x.shape[1] != self.in_channels or not 0 < x.shape[0] * x.shape[2] * x.shape[3] <= MAX_PIXELS:
+            return False
+        if x.dtype not in (torch.float32, torch.bfloat16) or not _is_plain(x, self.weight):
+            return False
+        return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
     def _order(self, x: torch.Tensor) -> torch.Tensor:
         weight, held = self.weight.detach(), self._ordered
