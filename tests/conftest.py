@@ -21,7 +21,6 @@ torch.set_num_threads(1)
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
     """Builds a tiny pipeline with the reference, once; answers its folder and the reference's pipeline."""
     import diffusers
-
     import tiny
 
     diffusers.utils.logging.set_verbosity_error()

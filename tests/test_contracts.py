@@ -16,7 +16,7 @@ import sfumato
 from sfumato import registry
 
 PACKAGE = Path(sfumato.__file__).parent
-LINE_CEILING = 7000
+CODE_CEILING = 7000
 PIPELINES = [n for n, m in registry.PUBLIC.items() if m.startswith("families.")]
 
 
@@ -71,10 +71,22 @@ def test_no_family_defines_call() -> None:
         assert not [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "__call__"], path
 
 
+def code_lines(path: Path) -> int:
+    """Lines of code: neither blank, nor comment, nor documentation."""
+    text = path.read_text()
+    quoted: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            quoted.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and i not in quoted for i, line in lines)
+
+
 def test_line_ceiling() -> None:
-    lines = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
-    assert sum(lines.values()) <= LINE_CEILING
-    assert max(lines.values()) <= 600, max(lines, key=lines.__getitem__)
+    paths = list(PACKAGE.rglob("*.py"))
+    assert sum(map(code_lines, paths)) <= CODE_CEILING
+    longest = max(paths, key=lambda path: len(path.read_text().splitlines()))
+    assert len(longest.read_text().splitlines()) <= 600, longest
 
 
 def call_parameters(cls: Any) -> list[tuple[str, Any]]:

@@ -87,11 +87,7 @@ def expected(checkpoint: Checkpoint) -> float:
 
 @pytest.mark.parametrize(
     ("prelude", "options", "environment"),
-    [
-        (NO_SOCKETS, "", {"HF_HUB_OFFLINE": "1"}),
-        (NO_SOCKETS, "local_files_only=True", {}),
-        ("", "", {"HF_ENDPOINT": DEAD}),
-    ],
+    [(NO_SOCKETS, "", {"HF_HUB_OFFLINE": "1"}), (NO_SOCKETS, "local_files_only=True", {}), ("", "", {"HF_ENDPOINT": DEAD})],
     ids=["offline mode", "local files only", "network down"],
 )
 def test_cached_repository_needs_no_network(

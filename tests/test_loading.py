@@ -359,9 +359,7 @@ def test_text_encoder_with_a_missing_parameter_is_not_made_up(folder: Path) -> N
     lost = next(k for k in tensors if k.endswith("layers.0.layer_norm1.weight"))
     del tensors[lost]
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(
-        sfumato.WeightsError, match=r"text_encoder does not fit CLIPTextModel: 1 missing .*layer_norm1.weight"
-    ):
+    with pytest.raises(sfumato.WeightsError, match=r"text_encoder does not fit CLIPTextModel: 1 missing .*layer_norm1.weight"):
         load(folder)
 
 

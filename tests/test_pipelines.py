@@ -92,7 +92,11 @@ def test_same_picture_with_every_scheduler(checkpoint: Checkpoint, name: str, sc
 
 
 TEXT_PIPELINES = [n for n in CALLS if "prompt" in CALLS[n]]
-SHARED_PICTURE = ("StableDiffusionUpscalePipeline", "StableDiffusionLatentUpscalePipeline", "StableDiffusionInstructPix2PixPipeline")
+SHARED_PICTURE = (
+    "StableDiffusionUpscalePipeline",
+    "StableDiffusionLatentUpscalePipeline",
+    "StableDiffusionInstructPix2PixPipeline",
+)
 
 
 @pytest.mark.parametrize("name", TEXT_PIPELINES)
@@ -151,10 +155,16 @@ VARIED = {
     "PIL out": ("StableDiffusionPipeline", dict(output_type="pil")),
     "full strength": ("StableDiffusionImg2ImgPipeline", dict(strength=1.0)),
     "picture of another size": ("StableDiffusionImg2ImgPipeline", dict(image=tiny.picture(size=(48, 32)))),
-    "list of pictures": ("StableDiffusionImg2ImgPipeline", dict(image=[tiny.picture(1), tiny.picture(2)], prompt=["a", "red"], negative_prompt=None)),
+    "list of pictures": (
+        "StableDiffusionImg2ImgPipeline",
+        dict(image=[tiny.picture(1), tiny.picture(2)], prompt=["a", "red"], negative_prompt=None),
+    ),
     "array": ("StableDiffusionImg2ImgPipeline", dict(image=np.asarray(tiny.picture())[None] / np.float32(255))),
     "tensor": ("StableDiffusionImg2ImgPipeline", dict(image=torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)))),
-    "latents in": ("StableDiffusionImg2ImgPipeline", dict(image=torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)))),
+    "latents in": (
+        "StableDiffusionImg2ImgPipeline",
+        dict(image=torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))),
+    ),
     "inpaint at full strength": ("StableDiffusionInpaintPipeline", dict(strength=1.0)),
     "inpaint a crop": (
         "StableDiffusionInpaintPipeline",
@@ -162,7 +172,10 @@ VARIED = {
     ),
     "inpaint with size": ("StableDiffusionInpaintPipeline", dict(height=24, width=48)),
     "nine channels, partial strength": ("inpaint9", dict(strength=0.6)),
-    "depth given": ("StableDiffusionDepth2ImgPipeline", dict(depth_map=torch.rand(1, 20, 20, generator=torch.Generator().manual_seed(0)))),
+    "depth given": (
+        "StableDiffusionDepth2ImgPipeline",
+        dict(depth_map=torch.rand(1, 20, 20, generator=torch.Generator().manual_seed(0))),
+    ),
     "edit without guidance": ("StableDiffusionInstructPix2PixPipeline", dict(guidance_scale=1.0)),
     "upscale without guidance": ("StableDiffusionUpscalePipeline", dict(guidance_scale=1.0)),
     "latent upscale of latents": (
@@ -235,7 +248,9 @@ def test_clip_skip_is_a_shorter_encoder(checkpoint: Checkpoint) -> None:
     """The reference's own clip_skip needs an older transformers; an encoder with a layer less is the same by definition."""
     folder, reference = checkpoint("StableDiffusionPipeline")
     full = reference.text_encoder
-    shorter = type(full)(type(full.config)(**{**full.config.to_dict(), "num_hidden_layers": full.config.num_hidden_layers - 1})).eval()
+    shorter = type(full)(
+        type(full.config)(**{**full.config.to_dict(), "num_hidden_layers": full.config.num_hidden_layers - 1})
+    ).eval()
     shorter.load_state_dict(full.state_dict(), strict=False)
     cut = type(reference)(**{**reference.components, "text_encoder": shorter})
     expected = cut(**TEXT, generator=seeded(0)).images

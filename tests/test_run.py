@@ -56,11 +56,11 @@ def assert_equal(a: Any, b: Any) -> None:
         assert a == b
 
 
-@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "scheduler", ["DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"]
+)
 def test_eight_threads_give_what_eight_calls_give(pipe: Any, scheduler: str) -> None:
-    pipe = sfumato.StableDiffusionPipeline.from_pipe(
-        pipe, scheduler=getattr(sfumato, scheduler).from_config(pipe.scheduler.config)
-    )
+    pipe = sfumato.StableDiffusionPipeline.from_pipe(pipe, scheduler=getattr(sfumato, scheduler).from_config(pipe.scheduler.config))
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a red cat", "blue", "cat", "apple", "a", "red", "blue cat", "a blue apple"]
 
@@ -77,11 +77,11 @@ def test_eight_threads_give_what_eight_calls_give(pipe: Any, scheduler: str) -> 
 def test_a_call_changes_nothing(pipe: Any) -> None:
     before = snapshot(pipe)
     state = torch.random.get_rng_state()
-    numpy_state = np.random.get_state()[1].copy()  # noqa: NPY002
+    numpy_state = np.random.get_state()[1].copy()
     pipe("a red cat", negative_prompt="blue", **CALL)
     assert_equal(before, snapshot(pipe))
     assert torch.equal(state, torch.random.get_rng_state())
-    assert np.array_equal(numpy_state, np.random.get_state()[1])  # noqa: NPY002
+    assert np.array_equal(numpy_state, np.random.get_state()[1])
 
 
 def test_steps_by_hand_give_the_call(pipe: Any) -> None:
@@ -99,7 +99,10 @@ def test_steps_by_hand_give_the_call(pipe: Any) -> None:
 
 
 def test_runs_at_different_steps_share_a_forward(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = [dict(prompt="a red cat", generator=generator(1), **CALL), dict(prompt="blue", generator=generator(2), guidance_scale=1.0, **CALL)]
+    calls = [
+        dict(prompt="a red cat", generator=generator(1), **CALL),
+        dict(prompt="blue", generator=generator(2), guidance_scale=1.0, **CALL),
+    ]
     expected = [pipe(**{**c, "generator": generator(k + 1)}).images for k, c in enumerate(calls)]
     runs = [pipe.start(**c) for c in calls]
     runs[0].step()  # now one step ahead

@@ -71,7 +71,8 @@ def test_snippet(checkpoint: Callable[[str], tuple[Path, Any]], name: str, tmp_p
     pictures = {}
     for library, line in (("diffusers", "import diffusers"), ("sfumato", "import sfumato as diffusers")):
         out = tmp_path / f"{library}.png"
-        names = f"FOLDER, IMAGE, MASK, OUT = {str(folder)!r}, {str(tmp_path / 'image.png')!r}, {str(tmp_path / 'mask.png')!r}, {str(out)!r}\n"
+        values = [str(p) for p in (folder, tmp_path / "image.png", tmp_path / "mask.png", out)]
+        names = f"FOLDER, IMAGE, MASK, OUT = {values!r}\n"
         done = subprocess.run(
             [sys.executable, "-c", names + code.replace("import diffusers", line)], capture_output=True, text=True, check=False
         )

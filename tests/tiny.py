@@ -21,7 +21,11 @@ def tokenizer(folder: Path) -> transformers.CLIPTokenizer:
     vocab = {token: i for i, token in enumerate([*alphabet, *(a + "</w>" for a in alphabet)])}
     merges = []
     for word in ("red", "cat", "blue"):
-        merges += [f"{word[0]} {word[1]}", *(f"{word[:i]} {word[i]}" for i in range(2, len(word) - 1)), f"{word[:-1]} {word[-1]}</w>"]
+        merges += [
+            f"{word[0]} {word[1]}",
+            *(f"{word[:i]} {word[i]}" for i in range(2, len(word) - 1)),
+            f"{word[:-1]} {word[-1]}</w>",
+        ]
     for merge in merges:
         vocab.setdefault(merge.replace(" ", ""), len(vocab))
     for special in ("<|startoftext|>", "<|endoftext|>"):
@@ -65,7 +69,12 @@ def vae(**changes: Any) -> Any:
 def text_encoder(vocab_size: int, **changes: Any) -> Any:
     """A tiny CLIP text model."""
     config: dict[str, Any] = dict(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=77
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=77,
     )
     config |= dict(bos_token_id=vocab_size - 2, eos_token_id=vocab_size - 1, pad_token_id=vocab_size - 1, projection_dim=32)
     model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**{**config, **changes})).eval()
@@ -116,9 +125,9 @@ def image_processor() -> Any:
 def depth_estimator() -> Any:
     """A tiny depth model."""
     config = transformers.DPTConfig(
-        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=4, num_channels=3,
-        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8, reassemble_factors=[4, 2, 1, 0.5],
-        is_hybrid=False, readout_type="project",
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=4,
+        num_channels=3, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8,
+        reassemble_factors=[4, 2, 1, 0.5], is_hybrid=False, readout_type="project",
     )  # fmt: skip
     return transformers.DPTForDepthEstimation(config).eval()
 

@@ -23,12 +23,17 @@ class StableDiffusionSafetyChecker(PreTrainedModel):
     config_class = CLIPConfig
     main_input_name = "clip_input"
     base_model_prefix = "safety_checker"
+    concept_embeds: nn.Parameter
+    concept_embeds_weights: nn.Parameter
+    special_care_embeds: nn.Parameter
+    special_care_embeds_weights: nn.Parameter
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config)
-        width = config.projection_dim
-        self.vision_model = CLIPVisionModel(config.vision_config)
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, width, bias=False)
+        width: Any = config.projection_dim
+        vision: Any = config.vision_config
+        self.vision_model = CLIPVisionModel(vision)
+        self.visual_projection = nn.Linear(vision.hidden_size, width, bias=False)
         for name, count in (("concept", CONCEPTS), ("special_care", SPECIAL_CONCEPTS)):
             self.register_parameter(f"{name}_embeds", nn.Parameter(torch.ones(count, width), requires_grad=False))
             self.register_parameter(f"{name}_embeds_weights", nn.Parameter(torch.ones(count), requires_grad=False))

@@ -56,7 +56,7 @@ class Progress:
         return self.step / self.steps if self.steps else 1.0
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(pipe: DiffusionPipeline, requests: list[Request]) -> list[torch.Tensor]:
     """Evaluates requests, of one run or of several runs at different steps, in as few forward passes as their shapes allow.
 

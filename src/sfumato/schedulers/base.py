@@ -37,7 +37,7 @@ KarrasDiffusionSchedulers = enum.Enum(
     "EulerAncestralDiscreteScheduler DPMSolverMultistepScheduler DPMSolverSinglestepScheduler KDPM2DiscreteScheduler "
     "KDPM2AncestralDiscreteScheduler DEISMultistepScheduler UniPCMultistepScheduler DPMSolverSDEScheduler EDMEulerScheduler",
 )
-KarrasDiffusionSchedulers.__doc__ = "Schedulers that a Stable Diffusion pipeline can exchange for each other through ``from_config``."
+KarrasDiffusionSchedulers.__doc__ = "Schedulers that a Stable Diffusion pipeline can exchange through ``from_config``."
 
 
 @dataclass

@@ -1,12 +1,13 @@
 """The text half of CLIP (arXiv:2103.00020), with the files and parameter names of ``transformers``' class of this name.
 
-It stands here because importing a model class of ``transformers`` takes longer than loading Stable Diffusion; pipelines take either.
+It stands here because importing a model class of ``transformers`` takes longer than loading Stable Diffusion.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,13 +100,15 @@ class CLIPTextModel(ModelMixin):
         eos_token_id: End token, whose first place is pooled; 2 stands for the highest token, as in the first checkpoints.
     """
 
+    embeddings: nn.ModuleDict
+    encoder: nn.ModuleDict
     weights_name = "model.safetensors"
     ignorable_keys = ("position_ids",)
 
     def __init__(
         self, vocab_size: int = 49408, hidden_size: int = 512, intermediate_size: int = 2048, projection_dim: int = 512,
-        num_hidden_layers: int = 12, num_attention_heads: int = 8, max_position_embeddings: int = 77, hidden_act: str = "quick_gelu",
-        layer_norm_eps: float = 1e-5, eos_token_id: int = 49407,
+        num_hidden_layers: int = 12, num_attention_heads: int = 8, max_position_embeddings: int = 77,
+        hidden_act: str = "quick_gelu", layer_norm_eps: float = 1e-5, eos_token_id: int = 49407,
     ) -> None:  # fmt: skip
         super().__init__()
         if hidden_act not in ("quick_gelu", "gelu"):
@@ -122,13 +125,15 @@ class CLIPTextModel(ModelMixin):
     ) -> CLIPTextOutput:
         """Encodes tokens (B, N); ``attention_mask`` (B, N) is 0 at tokens to leave out."""
         count = input_ids.shape[1]
-        x = self.embeddings["token_embedding"](input_ids) + self.embeddings["position_embedding"].weight[:count]
+        positions: Any = self.embeddings["position_embedding"]
+        x = self.embeddings["token_embedding"](input_ids) + positions.weight[:count]
         mask = None
         if attention_mask is not None:
             keep = torch.ones(count, count, dtype=torch.bool, device=x.device).tril() & attention_mask[:, None, None, :].bool()
             mask = torch.zeros(keep.shape, dtype=x.dtype, device=x.device).masked_fill(~keep, torch.finfo(x.dtype).min)
         states = [x]
-        for layer in self.encoder["layers"]:
+        layers: Any = self.encoder["layers"]
+        for layer in layers:
             x = layer(x, mask)
             states.append(x)
         x = self.final_layer_norm(x)
