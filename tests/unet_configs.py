@@ -102,12 +102,7 @@ CONDITIONED: dict[str, dict[str, Any]] = {
     "deepfloyd middle": {**DEEPFLOYD, "only_cross_attention": True, "mid_block_only_cross_attention": False},
     "kandinsky 2.1": {**KANDINSKY, "encoder_hid_dim_type": "text_image_proj", "addition_embed_type": "text_image"},
     "kandinsky 2.2": {**KANDINSKY, "encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"},
-    "kandinsky hint": {
-        **KANDINSKY,
-        "in_channels": 8,
-        "encoder_hid_dim_type": "image_proj",
-        "addition_embed_type": "image_hint",
-    },
+    "kandinsky hint": {**KANDINSKY, "in_channels": 8, "encoder_hid_dim_type": "image_proj", "addition_embed_type": "image_hint"},
     "unclip decoder": {
         **KANDINSKY,
         "encoder_hid_dim": None,

@@ -32,6 +32,8 @@ PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 CHECKER = ("safety_checker", "feature_extractor")
 EXTRA = "prompt_syntax callback callback_steps"
 
+Texts = str | list[str] | None
+
 
 class StableDiffusion(DiffusionPipeline):
     """The family: how its parts are used, whatever the task.
@@ -132,18 +134,10 @@ class StableDiffusion(DiffusionPipeline):
         run.conditioning = Conditioning(tensors)
 
     def encode_prompt(
-        self,
-        prompt: str | list[str] | None,
-        device: torch.device | None = None,
-        num_images_per_prompt: int = 1,
-        do_classifier_free_guidance: bool = True,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        *,
-        clip_skip: int | None = None,
-        prompt_syntax: str = "plain",
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, prompt: Texts, device: torch.device | None = None, num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True, negative_prompt: Texts = None, prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None, *, clip_skip: int | None = None, prompt_syntax: str = "plain",
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """Encodes prompts, once for all the pictures of a prompt.
 
         Returns:

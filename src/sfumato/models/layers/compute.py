@@ -78,7 +78,7 @@ class Conv2d(nn.Conv2d):
             return False
         if x.dtype not in (torch.float32, torch.bfloat16) or not _is_plain(x, self.weight):
             return False
-        return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+        return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
     def _order(self, x: torch.Tensor) -> torch.Tensor:
         weight, held = self.weight.detach(), self._ordered
