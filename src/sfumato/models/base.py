@@ -18,11 +18,7 @@ _M = TypeVar("_M", bound="ModelMixin")
 
 
 def checked_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-    """Returns the dtype given under either of its two names.
-
-    Raises:
-        ValueError: Both are given and differ, or the value is not a floating-point dtype.
-    """
+    """Returns the dtype given under either name; a ``ValueError`` if they differ or it is no floating-point dtype."""
     if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
         raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} differ: pass one of them")
     value = dtype if dtype is not None else torch_dtype
@@ -50,38 +46,22 @@ class ModelMixin(nn.Module, ConfigMixin):
 
     @classmethod
     def from_pretrained(
-        cls: type[_M],
-        pretrained_model_name_or_path: PathLike,
-        *,
-        subfolder: str | None = None,
-        variant: str | None = None,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
-        device_map: str | int | torch.device | dict[str, Any] | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: PathLike | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        use_safetensors: bool = True,
-        low_cpu_mem_usage: bool = True,
-        **config_overrides: Any,
-    ) -> _M:
+        cls: type[_M], pretrained_model_name_or_path: PathLike, *, subfolder: str | None = None, variant: str | None = None,
+        dtype: torch.dtype | None = None, torch_dtype: torch.dtype | None = None,
+        device_map: str | int | torch.device | dict[str, Any] | None = None, revision: str | None = None,
+        token: str | bool | None = None, cache_dir: PathLike | None = None, local_files_only: bool = False,
+        force_download: bool = False, use_safetensors: bool = True, low_cpu_mem_usage: bool = True, **config_overrides: Any,
+    ) -> _M:  # fmt: skip
         """Loads a network from a folder or a hub repository, in evaluation mode.
 
         Args:
             pretrained_model_name_or_path: Folder or ``owner/repository``.
-            subfolder: Folder inside it.
-            variant: File variant, such as ``"fp16"``.
+            subfolder, variant: Folder inside it; file variant, such as ``"fp16"``.
             dtype: Floating-point type of the parameters; float32 when not given. ``torch_dtype`` is the same argument.
             device_map: Device to load to.
-            revision: Branch, tag or commit.
-            token: Hub access token.
-            cache_dir: Hub cache folder.
-            local_files_only: Never use the network.
-            force_download: Fetch again what is cached.
-            use_safetensors: Must be true: pickle files are not read.
-            low_cpu_mem_usage: Must be true: weights are never held twice.
+            revision, token, cache_dir: Of the hub: branch, tag or commit; access token; cache folder.
+            local_files_only, force_download: Never use the network; fetch again what is cached.
+            use_safetensors, low_cpu_mem_usage: Must be true: pickles are not read, weights are never held twice.
             **config_overrides: Configuration values that replace the file's.
 
         Raises:
@@ -101,13 +81,9 @@ class ModelMixin(nn.Module, ConfigMixin):
 
     @classmethod
     def from_folder(
-        cls: type[_M],
-        folder: Path,
-        variant: str | None,
-        dtype: torch.dtype,
-        device: torch.device | str | int = "cpu",
+        cls: type[_M], folder: Path, variant: str | None, dtype: torch.dtype, device: torch.device | str | int = "cpu",
         **config_overrides: Any,
-    ) -> _M:
+    ) -> _M:  # fmt: skip
         """Loads from a folder that is here; see :meth:`from_pretrained`."""
         path = folder / cls.config_name
         if not path.is_file():
@@ -133,13 +109,9 @@ class ModelMixin(nn.Module, ConfigMixin):
         return tensors
 
     def save_pretrained(
-        self,
-        save_directory: PathLike,
-        *,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
+        self, save_directory: PathLike, *, variant: str | None = None, max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Writes ``config.json`` and safetensors weights; an interruption leaves the old files whole.
 
         Args:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..layers.compute import Conv2d, pixels_last
 from ..layers.resnet import activate, activation
 from .outputs import AutoencoderTinyOutput, DecoderOutput
 from .tiling import TilingMixin, tile_and_paste
@@ -20,7 +21,7 @@ class AutoencoderTinyBlock(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for _ in range(3):
-            layers += [nn.Conv2d(channels, channels, 3, padding=1), activation(act_fn)]
+            layers += [Conv2d(channels, channels, 3, padding=1), activation(act_fn)]
         self.conv = nn.Sequential(*layers[:-1])
         self.fuse = nn.ReLU()
 
@@ -28,7 +29,7 @@ class AutoencoderTinyBlock(nn.Module):
         """``(B, C, H, W)`` -> the same."""
         h = x
         for layer in self.conv:
-            h = layer(h) if isinstance(layer, nn.Conv2d) else activate(layer, h)
+            h = layer(h) if isinstance(layer, Conv2d) else activate(layer, h)
         return activate(self.fuse, h + x)
 
 
@@ -38,6 +39,7 @@ class _TinyStack(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor, run: RunBlock = call_block) -> torch.Tensor:
+        x = pixels_last(x)
         for layer in self.layers:
             x = run(layer, x)
         return x
@@ -47,12 +49,12 @@ class EncoderTiny(_TinyStack):
     """Picture in -1..1, ``(B, C, H, W)`` -> latents ``(B, L, H/f, W/f)``."""
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: Sequence[int], widths: Sequence[int], act_fn: str) -> None:
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 3, padding=1)]
+        layers: list[nn.Module] = [Conv2d(in_channels, widths[0], 3, padding=1)]
         for level, (count, width) in enumerate(zip(num_blocks, widths, strict=True)):
             if level:
-                layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False))
+                layers.append(Conv2d(width, width, 3, stride=2, padding=1, bias=False))
             layers += [AutoencoderTinyBlock(width, act_fn) for _ in range(count)]
-        super().__init__([*layers, nn.Conv2d(widths[-1], out_channels, 3, padding=1)])
+        super().__init__([*layers, Conv2d(widths[-1], out_channels, 3, padding=1)])
 
     def forward(self, x: torch.Tensor, run: RunBlock = call_block) -> torch.Tensor:
         """The layers work on pictures in 0..1."""
@@ -66,13 +68,13 @@ class DecoderTiny(_TinyStack):
         self, in_channels: int, out_channels: int, num_blocks: Sequence[int], widths: Sequence[int], act_fn: str, factor: int,
         upsample_fn: str,
     ) -> None:  # fmt: skip
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 3, padding=1), activation(act_fn)]
+        layers: list[nn.Module] = [Conv2d(in_channels, widths[0], 3, padding=1), activation(act_fn)]
         for level, (count, width) in enumerate(zip(num_blocks, widths, strict=True)):
             last = level == len(num_blocks) - 1
             layers += [AutoencoderTinyBlock(width, act_fn) for _ in range(count)]
             if not last:
                 layers.append(nn.Upsample(scale_factor=factor, mode=upsample_fn))
-            layers.append(nn.Conv2d(width, out_channels if last else width, 3, padding=1, bias=last))
+            layers.append(Conv2d(width, out_channels if last else width, 3, padding=1, bias=last))
         super().__init__(layers)
 
     def forward(self, x: torch.Tensor, run: RunBlock = call_block) -> torch.Tensor:

@@ -162,13 +162,8 @@ class UNet2DConditionModel(ConditionedUNet):
             sample = 2 * sample - 1.0
         times = time_tensor(timestep, sample)
         temb = self.embed_time(times, dtype, encoder_hidden_states, class_labels, timestep_cond, added)
-        c = Conditions(
-            temb,
-            self.activation(temb),
-            self.project_tokens(encoder_hidden_states, added),
-            None if attention_mask is None else additive_mask(attention_mask, dtype),
-            None if encoder_attention_mask is None else additive_mask(encoder_attention_mask, dtype),
-        )
+        masks = [None if mask is None else additive_mask(mask, dtype) for mask in (attention_mask, encoder_attention_mask)]
+        c = Conditions(temb, self.activation(temb), self.project_tokens(encoder_hidden_states, added), *masks)
         if isinstance(self.add_embedding, ImageTimeEmbedding) and "hint" in added:
             sample = torch.cat([sample, self.add_embedding.hint(added["hint"])], dim=1)
         uneven, states_added = self._check_sample(sample), down_block_additional_residuals
