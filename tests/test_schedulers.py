@@ -170,7 +170,8 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
 
 def case_id(value: Any) -> str:
     if isinstance(value, dict):
-        return "-".join(f"{k}={v}" for k, v in value.items() if k not in ("beta_start", "beta_end", "trained_betas")) or "default"
+        shown = {k: v if isinstance(v, (int, float, str, list, tuple)) else type(v).__name__ for k, v in value.items()}
+        return "-".join(f"{k}={v}" for k, v in shown.items() if k not in ("beta_start", "beta_end", "trained_betas")) or "default"
     return str(value)
 
 
