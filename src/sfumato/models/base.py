@@ -120,12 +120,7 @@ class ModelMixin(nn.Module, ConfigMixin):
             max_shard_size: Bytes, or text such as ``"5GB"``; larger weights are split.
             safe_serialization: Must be true: pickle files are not written.
         """
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False asks for pickle weights; only safetensors is written")
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise NotADirectoryError(f"save_directory={str(folder)!r} is a file; pass a folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = weights.output_folder(save_directory, safe_serialization)
         tensors = self.downgrade_state_dict(dict(self.state_dict()))
         weights.save_tensors(tensors, folder, self.weights_name, variant, max_shard_size)
         self.save_config(folder)
