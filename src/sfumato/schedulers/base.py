@@ -12,6 +12,7 @@ import enum
 import math
 import operator
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -91,6 +92,7 @@ class SchedulerMixin(ConfigMixin):
 
     config_name = "scheduler_config.json"
     order: ClassVar[int] = 1
+    _output: ClassVar[Callable[..., Any]] = SchedulerOutput
     init_noise_sigma: float = 1.0
     num_inference_steps: int | None = None
     timesteps: torch.Tensor
@@ -195,8 +197,8 @@ class SchedulerMixin(ConfigMixin):
 
     def _alpha_bar_table(self, floor: float = 0.0) -> torch.Tensor:
         """Builds ``betas``, ``alphas`` and ``alphas_cumprod`` (float32, one per training step) from the configuration."""
-        c = self.config
-        self.betas = beta_table(c["beta_schedule"], len(self), c["beta_start"], c["beta_end"], c["trained_betas"])
+        ends = self._own("beta_start", 0.0001), self._own("beta_end", 0.02)
+        self.betas = beta_table(self.config["beta_schedule"], len(self), *ends, self._own("trained_betas", None))
         if self._own("rescale_betas_zero_snr", False):
             self.betas = rescale_zero_terminal_snr(self.betas)
         self.alphas = 1.0 - self.betas
@@ -213,7 +215,7 @@ class SchedulerMixin(ConfigMixin):
         """Moves on by one position and wraps the solver's ``(next sample, denoised sample or None)``."""
         if self.step_index is not None:
             self.step_index += 1
-        result = SchedulerOutput(new[0].to(sample.dtype), new[1])
+        result = type(self)._output(new[0].to(sample.dtype), new[1])
         return result if return_dict else result.to_tuple()
 
 
@@ -224,16 +226,16 @@ class LevelScheduler(SchedulerMixin):
 
     def _build(self) -> None:
         """Reads what is common of the configuration. Subclasses build their tables here."""
-        one_of("prediction_type", self.config["prediction_type"], *self.predictions)
+        self._kind, self._range = self._own("prediction_type", "epsilon"), self._own("clip_sample_range", 1.0)
+        one_of("prediction_type", self._kind, *self.predictions)
         self._thresholds, self._clips = self._own("thresholding", False), self._own("clip_sample", False)
 
     def _denoise(self, output: torch.Tensor, x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
         """Returns the denoised sample of ``x = alpha * x0 + sigma * noise``, bounded as the configuration says."""
-        c = self.config
-        x0 = mix(denoised_coefficients(c["prediction_type"], alpha, sigma), x, output)
+        x0 = mix(denoised_coefficients(self._kind, alpha, sigma), x, output)
         if self._thresholds:
-            return dynamic_threshold(x0, c["dynamic_thresholding_ratio"], c["sample_max_value"])
-        return x0.clamp(-c["clip_sample_range"], c["clip_sample_range"]) if self._clips else x0
+            return dynamic_threshold(x0, self.config["dynamic_thresholding_ratio"], self.config["sample_max_value"])
+        return x0.clamp(-self._range, self._range) if self._clips else x0
 
     def _levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the factors of signal and noise at ``timesteps``, all ``(B,)``."""

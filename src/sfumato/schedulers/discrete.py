@@ -61,22 +61,27 @@ class DDPMScheduler(StepScheduler):
         return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
         """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`."""
-        return self._step(sample, self.update(model_output, self._training_step(timestep), wide(sample), generator), return_dict)
-
-    def update(self, output: torch.Tensor, t: int, x: torch.Tensor, generator: Generators) -> Update:
-        """Posterior mean (eq. 7) plus noise; the step to zero draws none."""
+        t = self._training_step(timestep)
         if t not in self._following:
             raise self._no_such(t)
-        alpha_bar, previous = self._alpha_bar[t], self._alpha_bar_at(self._following[t])
-        kept, beta = alpha_bar / previous, 1 - alpha_bar / previous
+        return self._step(sample, self.update(model_output, t, self._following[t], wide(sample), generator), return_dict)
+
+    def update(self, output: torch.Tensor, t: int, following: int, x: torch.Tensor, generator: Generators) -> Update:
+        """Posterior mean (eq. 7) plus noise; the step to zero draws none."""
+        alpha_bar, previous = self._alpha_bar[t], self._alpha_bar_at(following)
         output, predicted = split_variance(output, x.shape[1], self.config["variance_type"])
-        x0 = self._denoise(output, x, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
-        new = mix((math.sqrt(previous) * beta / (1 - alpha_bar), math.sqrt(kept) * (1 - previous) / (1 - alpha_bar)), x0, x)
+        new, x0 = self._mean(output, alpha_bar, previous, x)
         if t > 0:
-            noise = randn(output.shape, generator=generator, device=x.device, dtype=output.dtype)
+            noise, beta = randn(output.shape, generator=generator, device=x.device, dtype=output.dtype), 1 - alpha_bar / previous
             deviation = self._deviation(max((1 - previous) / (1 - alpha_bar) * beta, 1e-20), beta, predicted)
             new = torch.add(new, noise, alpha=deviation) if isinstance(deviation, float) else new + deviation * noise
         return new, x0
+
+    def _mean(self, output: torch.Tensor, alpha_bar: float, previous: float, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the posterior's mean (eq. 7) and the denoised sample."""
+        kept, beta = alpha_bar / previous, 1 - alpha_bar / previous
+        x0 = self._denoise(output, x, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
+        return mix((math.sqrt(previous) * beta / (1 - alpha_bar), math.sqrt(kept) * (1 - previous) / (1 - alpha_bar)), x0, x), x0
 
     def _deviation(self, small: float, large: float, predicted: torch.Tensor | None) -> torch.Tensor | float:
         """Returns the standard deviation of the noise, between the posterior's variance and beta."""
@@ -125,15 +130,19 @@ class DDIMScheduler(StepScheduler):
             noise = randn(model_output.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
         return self._step(sample, self.update(model_output, t, wide(sample), eta, use_clipped_model_output, noise), return_dict)
 
+    def _move(self, t: int) -> tuple[float, float]:
+        """Returns ``alpha_bar`` before and after the step."""
+        return self._alpha_bar[t], self._alpha_bar_at(t - len(self) // self._count())
+
     def update(self, output: torch.Tensor, t: int, x: torch.Tensor, eta: float, reclip: bool, noise: torch.Tensor | None) -> Update:
         """Eq. 12 with the deviation of eq. 16."""
-        alpha_bar, previous = self._alpha_bar[t], self._alpha_bar_at(t - len(self) // self._count())
+        alpha_bar, previous = self._move(t)
         alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         x0 = self._denoise(output, x, alpha, sigma)
-        variance = eta**2 * (1 - previous) / (1 - alpha_bar) * (1 - alpha_bar / previous)
+        variance = eta**2 * (1 - previous) / (1 - alpha_bar) * (1 - alpha_bar / previous) if eta else 0.0
         if variance > 1 - previous + 1e-9:
             raise ValueError(f"eta={eta} asks for more noise than the next level holds: choose a value in 0..1")
-        predicted = "sample" if reclip else self.config["prediction_type"]
+        predicted = "sample" if reclip else self._kind
         predicted_noise = mix(noise_coefficients(predicted, alpha, sigma), x, x0 if reclip else output)
         new = mix((math.sqrt(previous), math.sqrt(max(1 - previous - variance, 0.0))), x0, predicted_noise)
         return new if noise is None else torch.add(new, noise, alpha=math.sqrt(variance)), x0

@@ -22,10 +22,12 @@ def one_of(key: str, value: Any, *allowed: Any) -> None:
         raise ConfigError(f"{key}={value!r} is not known{hint}; choose one of {', '.join(map(repr, allowed))}")
 
 
-def beta_table(schedule: str, steps: int, start: float, end: float, trained: Any = None) -> torch.Tensor:
+def beta_table(
+    schedule: str, steps: int, start: float, end: float, trained: Any = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Noise variance added by each training step.
 
-    Computed in float32: released models were trained with these rounded tables, and ``1 - alpha_bar`` near zero shows it.
+    Computed in float32 by default: most models were trained with these rounded tables, and ``1 - alpha_bar`` near zero shows it.
 
     Args:
         schedule: ``linear`` (DDPM, arXiv:2006.11239), ``scaled_linear`` (linear in the square root, latent diffusion),
@@ -33,6 +35,7 @@ def beta_table(schedule: str, steps: int, start: float, end: float, trained: Any
         steps: Number of training steps.
         start, end: First and last beta.
         trained: Explicit betas, which replace the schedule.
+        dtype: Of the linear schedules and of the result.
 
     Raises:
         ConfigError: Unknown schedule, or fewer trained betas than steps.
@@ -44,19 +47,24 @@ def beta_table(schedule: str, steps: int, start: float, end: float, trained: Any
         return betas
     one_of("beta_schedule", schedule, "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
     if schedule == "linear":
-        return torch.linspace(start, end, steps, dtype=torch.float32)
+        return torch.linspace(start, end, steps, dtype=dtype)
     if schedule == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=dtype) ** 2
     if schedule == "sigmoid":
         return torch.sigmoid(torch.linspace(-6, 6, steps)) * (end - start) + start
     signal = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
     return torch.tensor(np.minimum(1 - signal[1:] / signal[:-1], 0.999), dtype=torch.float32)
 
 
+def zero_terminal_snr(alpha_bar: torch.Tensor) -> torch.Tensor:
+    """Does the same to the shares of signal variance instead of the betas."""
+    root = alpha_bar.sqrt()
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+
+
 def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     """Shifts and scales a schedule so that its last step holds no signal (arXiv:2305.08891, algorithm 1)."""
-    root = (1.0 - betas).cumprod(0).sqrt()
-    alpha_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    alpha_bar = zero_terminal_snr((1.0 - betas).cumprod(0))
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 

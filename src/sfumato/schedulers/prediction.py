@@ -38,6 +38,12 @@ def noise_coefficients(kind: str, alpha: float, sigma: float) -> tuple[float, fl
     if kind == "epsilon":
         return 0.0, 1.0
     a, b = denoised_coefficients(kind, alpha, sigma)
+    if kind == "v_prediction":  # stays finite at zero noise
+        variance = alpha**2 + sigma**2
+        return sigma / variance, alpha / math.sqrt(variance)
+    if sigma == 0:
+        remedy = "begin above it (set_alpha_to_one=False), or use a model of 'epsilon' or 'v_prediction'"
+        raise ConfigError(f"prediction_type={kind!r} says nothing about the noise at zero noise: {remedy}")
     return (1 - alpha * a) / sigma, -alpha * b / sigma
 
 
