@@ -8,6 +8,7 @@ import typer
 
 from . import generate as generate_command
 from . import info as info_command
+from . import train as train_command
 
 app = typer.Typer(
     name="sfumato",
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command("generate", epilog=generate_command.EXAMPLES)(generate_command.generate)
 app.command("info", epilog=info_command.EXAMPLES)(info_command.info)
+app.add_typer(train_command.app, name="train")
 
 
 def _version(show: bool) -> None:

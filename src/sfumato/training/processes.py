@@ -1,0 +1,14 @@
+"""Where, and in how many processes, a run computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def accelerator() -> Any:
+    """The ``accelerate.Accelerator`` of this process: its device, its rank; configured by ``accelerate launch``, if that is used."""
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ImportError("training needs accelerate: pip install 'sfumato[train]'") from error
+    return Accelerator()
