@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -33,17 +33,40 @@ def randn(
     Raises:
         ValueError: The list's length is not the batch size, or a generator's device can serve neither the CPU nor ``device``.
     """
+    layout = layout or torch.strided
+    return _draw(lambda s, g: torch.randn(s, generator=g, device=g.device, dtype=dtype, layout=layout), shape, generator, device)
+
+
+def rand(shape: Sequence[int], *, generator: Generators = None, device: torch.device | str | None = None) -> torch.Tensor:
+    """Draws float32 numbers uniform in 0..1; arguments and errors as of :func:`randn`."""
+    return _draw(lambda s, g: torch.rand(s, generator=g, device=g.device), shape, generator, device)
+
+
+def categorical(probabilities: torch.Tensor, *, generator: Generators = None) -> torch.Tensor:
+    """Draws the classes of ``probabilities``, ``(B, N, classes)``, as int64 ``(B, N)``; errors as of :func:`randn`."""
+    rest = iter(probabilities.split(1) if isinstance(generator, (list, tuple)) and len(generator) > 1 else [probabilities])
+
+    def draw(shape: tuple[int, ...], source: torch.Generator) -> torch.Tensor:
+        return torch.multinomial(next(rest).flatten(0, 1).to(source.device), 1, generator=source).view(shape)
+
+    return _draw(draw, probabilities.shape[:2], generator, probabilities.device)
+
+
+def _draw(
+    draw: Callable[[tuple[int, ...], torch.Generator], torch.Tensor], shape: Sequence[int], generator: Generators,
+    device: torch.device | str | None,
+) -> torch.Tensor:  # fmt: skip
+    """Draws ``shape`` from one generator, or sample by sample from a list, and brings the result to ``device``."""
     place = torch.device(device or "cpu")
     if isinstance(generator, (list, tuple)) and len(generator) == 1:
         generator = generator[0]
     if isinstance(generator, (list, tuple)):
         if len(generator) != shape[0]:
             raise ValueError(f"generator has {len(generator)} entries for a batch of {shape[0]}: pass one generator per sample")
-        return torch.cat([randn((1, *shape[1:]), generator=g, device=place, dtype=dtype, layout=layout) for g in generator])
+        return torch.cat([_draw(draw, (1, *shape[1:]), g, place) for g in generator])
     if generator is None:
         generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
     source = generator.device
     if source.type not in ("cpu", place.type):
         raise ValueError(f"a generator on {source} cannot draw for device {place}: use a CPU generator or one on {place.type}")
-    noise = torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype, layout=layout or torch.strided)
-    return noise.to(place)
+    return draw(tuple(shape), generator).to(place)

@@ -177,6 +177,18 @@ class SchedulerMixin(ConfigMixin):
             raise ValueError(f"the schedule of {len(self._times)} steps is at its end: call set_timesteps before the next run")
         return self.step_index
 
+    def _time(self, timestep: float | torch.Tensor) -> float:
+        """Returns the timestep as a number; to read an element of ``timesteps``, or a view of it, does not wait for the device."""
+        if not isinstance(timestep, torch.Tensor) or (timestep.numel() == 1 and timestep.device.type == "cpu"):
+            return float(timestep)
+        one = timestep.dtype == self.timesteps.dtype and (timestep.numel() == 1 or not any(timestep.stride()))
+        if one and timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
+            return self._times[timestep.storage_offset()]  # its place in memory tells its position in the schedule
+        values = set(timestep.flatten().tolist())
+        if len(values) != 1:
+            raise ValueError(f"timestep has the values {sorted(values)}, expected one for the whole batch: call step for each")
+        return values.pop()
+
     def _set_schedule(self, timesteps: np.ndarray, device: Device, dtype: torch.dtype) -> None:
         """Takes over the timesteps of a run and forgets the last run."""
         self.timesteps = torch.tensor(np.ascontiguousarray(timesteps), dtype=dtype)
@@ -290,13 +302,8 @@ class StepScheduler(LevelScheduler):
         self._set_schedule(self._stops(num_inference_steps), device, torch.int64)
 
     def _training_step(self, timestep: float | torch.Tensor) -> int:
-        """Returns the timestep as an integer, without waiting for the device if it is an element of ``timesteps``."""
-        if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu" and timestep.dtype == self.timesteps.dtype:
-            # An element of the schedule tells its position by its place in memory; to read its value would stall the device.
-            same = timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
-            if same and timestep.numel() == 1:
-                return int(self._times[timestep.storage_offset()])
-        value = float(timestep)
+        """Returns the timestep as a valid integer."""
+        value = self._time(timestep)
         if value != int(value) or not 0 <= value < len(self._alpha_bar):
             raise ValueError(f"timestep={value:g}, expected a whole number in 0..{len(self) - 1}; pass one of scheduler.timesteps")
         return int(value)
