@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from .components import Pictures, held_out_batches, network, to_input
-from .data import read_examples
+from .data import Example, read_examples
 from .loop import Inputs
 from .sampling import Sampler
 from .settings import AutoencoderSettings
@@ -51,17 +51,16 @@ class Autoencoder:
             self.vae.enable_gradient_checkpointing()
         self.module = AutoencoderLoss(self.vae, settings.gradient_weight, settings.kl_weight)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.train, self.test = self._pictures(settings.data), None
-        self.sampler = Sampler(self.train.buckets, self.weights, settings.batch_size, settings.seed)
+        examples = read_examples(settings.data, captions=False)
+        self.train, self.test = self._pictures(examples), None
+        self.sampler = Sampler(self.train.buckets, [e.weight for e in examples], settings.batch_size, settings.seed)
         self.held_out: list[list[int]] = []
         if settings.validation_data:
-            self.test = self._pictures(settings.validation_data)
+            self.test = self._pictures(read_examples(settings.validation_data, captions=False))
             self.held_out = held_out_batches(self.test.buckets, settings.batch_size)
 
-    def _pictures(self, data: str) -> Pictures:
+    def _pictures(self, examples: list[Example]) -> Pictures:
         s = self.settings
-        examples = read_examples(data, captions=False)
-        self.weights = [e.weight for e in examples]
         cache = Path(s.out) / "cache" / "pixels"
         return Pictures(examples, cache, s.resolution, self.factor, s.aspect_buckets, lambda x: x, "bytes")
 

@@ -76,22 +76,24 @@ class Pictures:
     def __init__(
         self, examples: Sequence[Example], folder: Path, resolution: int, multiple: int, aspect: bool, encode: Any, version: Any
     ) -> None:
-        try:
-            sizes = bucket_sizes(resolution, multiple, 2.0 if aspect else 1.0)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        if not aspect:
-            sizes = [(resolution, resolution)]
+        sizes = bucket_sizes(resolution, multiple, 2.0 if aspect else 1.0)
+        versions = [e.version for e in examples]
         members: dict[tuple[int, int], list[int]] = {}
-        for index, example in enumerate(examples):
-            size = sizes[nearest_bucket(*example.picture().size, sizes)] if aspect else sizes[0]
-            members.setdefault(size, []).append(index)
+        if aspect:
+
+            def measure(rows: range) -> Any:
+                yield torch.tensor([examples[r].picture().size for r in rows])
+
+            measured = cached(folder / f"sizes-{fingerprint(versions)}", len(examples), measure, "sizes")
+            for index, (width, height) in enumerate(measured[range(len(examples))].tolist()):
+                members.setdefault(sizes[nearest_bucket(width, height, sizes)], []).append(index)
+        else:
+            members[sizes[0]] = list(range(len(examples)))
         self.buckets = list(members.values())
         self.places = {index: (b, row) for b, bucket in enumerate(self.buckets) for row, index in enumerate(bucket)}
         self.rows: list[Rows] = []
         for size, bucket in members.items():
-            versions = [examples[i].version for i in bucket]
-            place = folder / f"{size[0]}x{size[1]}-{fingerprint(version, size, versions)}"
+            place = folder / f"{size[0]}x{size[1]}-{fingerprint(version, size, [versions[i] for i in bucket])}"
 
             def compute(rows: range, size: Any = size, bucket: Any = bucket) -> Any:
                 for k in range(0, len(rows), CACHE_BATCH):

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def accelerator() -> Any:
-    """The ``accelerate.Accelerator`` of this process: its device, its rank; configured by ``accelerate launch``, if that is used."""
+    """The ``accelerate.Accelerator`` of this process: its device, its rank, as ``accelerate launch`` configured them, if it did."""
     try:
         from accelerate import Accelerator
     except ImportError as error:

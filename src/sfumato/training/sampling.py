@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..errors import ConfigError
+
 
 def generator(seed: int, *labels: object) -> torch.Generator:
     """A generator of its own for each use: ``generator(seed, "noise", step)``."""
@@ -20,13 +22,14 @@ def bucket_sizes(resolution: int, multiple: int, ratio: float = 2.0) -> list[tup
     """Shapes (width, height) of batches when pictures keep their proportions.
 
     For each width, the largest height with an area of at most ``resolution**2``; edges are multiples of ``multiple``, and
-    proportions lie within ``1 / ratio .. ratio``.
+    proportions lie within ``1 / ratio .. ratio``; at 1 the square alone is left.
 
     Raises:
-        ValueError: ``resolution`` is no multiple of ``multiple``.
+        ConfigError: ``resolution`` is no multiple of ``multiple``.
     """
     if resolution % multiple:
-        raise ValueError(f"resolution={resolution} must be a multiple of {multiple} for this model")
+        near = max(round(resolution / multiple), 1) * multiple
+        raise ConfigError(f"resolution={resolution} must be a multiple of {multiple} for this model, such as {near}")
     sizes = {(resolution, resolution)}
     for width in range(multiple, int(resolution * math.sqrt(ratio)) + 1, multiple):
         height = resolution**2 // width // multiple * multiple
