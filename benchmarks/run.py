@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .training import case_training
+
 RESULTS = Path(__file__).parent / "RESULTS.md"
 LIBRARIES = ("diffusers", "sfumato")
 Row = tuple[str, str, float, float]
@@ -248,6 +250,7 @@ def case_call(runs: int) -> Iterator[Row]:
 
 CASES: dict[str, Callable[[int], Iterator[Row]]] = {
     "import": case_import, "load": case_load, "unet": case_unet, "vae": case_vae, "step": case_step, "call": case_call,
+    "training": case_training,
 }  # fmt: skip
 
 

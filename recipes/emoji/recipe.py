@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from concepts import CORE
+from drawings import make_pack, make_smoke_pack
+from evaluate import evaluate
 from prepare import make_tokenizer, read_pack, training_set
 from transformers import CLIPTokenizer
 
@@ -37,6 +39,7 @@ class Size:
         colours: Weight of drawings in other colours; see :func:`prepare.training_set`.
         edge: Of the pictures, in pixels.
         vocabulary, length: Of the tokenizer.
+        classifier_steps: Of the training of the measure's classifier.
     """
 
     concepts: tuple[str, ...] | None
@@ -44,9 +47,14 @@ class Size:
     edge: int
     vocabulary: int
     length: int
+    classifier_steps: int
 
 
-SIZES = {"large": Size(None, 0.5, 128, 4096, 32), "small": Size(CORE, 0.15, 64, 2048, 24), "smoke": Size(None, 0.5, 32, 600, 16)}
+SIZES = {
+    "large": Size(None, 0.5, 128, 4096, 32, 3000),
+    "small": Size(CORE, 0.15, 64, 2048, 24, 3000),
+    "smoke": Size(None, 0.5, 32, 600, 16, 30),
+}
 STAGES = ("data", "prepare", "autoencoder", "denoiser", "export", "evaluate")
 
 
@@ -68,9 +76,10 @@ class Recipe:
     def data(self) -> None:
         """Packs the drawings, unless they are given or there."""
         if not (self.pack / "metadata.jsonl").is_file():
-            from drawings import make_pack
-
-            make_pack(self.pack, self.work / "packages")
+            if self.name == "smoke":
+                make_smoke_pack(self.pack)
+            else:
+                make_pack(self.pack, self.work / "packages")
 
     def prepare(self) -> None:
         """Writes training data and vocabulary."""
@@ -109,9 +118,8 @@ class Recipe:
 
     def evaluate(self) -> None:
         """Measures the pipeline; writes the figures and the sheets beside it."""
-        from evaluate import evaluate
-
-        print(json.dumps(evaluate(self.out, self.pack, self.work / "evaluation", smoke=self.name == "smoke"), indent=2))
+        size = self.size
+        print(json.dumps(evaluate(self.out, self.pack, self.work / "evaluation", size.concepts, size.classifier_steps), indent=2))
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def bucket_sizes(resolution: int, multiple: int, ratio: float = 2.0) -> list[tup
     sizes = {(resolution, resolution)}
     for width in range(multiple, int(resolution * math.sqrt(ratio)) + 1, multiple):
         height = resolution**2 // width // multiple * multiple
-        if 1 / ratio <= width / height <= ratio:
+        if height and 1 / ratio <= width / height <= ratio:
             sizes |= {(width, height), (height, width)}
     return sorted(sizes)
 
