@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import huggingface_hub
 import pytest
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from sfumato.cli.main import app
@@ -28,7 +28,7 @@ def repository(cache: Path, name: str, files: dict[str, str]) -> None:
 
 def lines(monkeypatch: pytest.MonkeyPatch, cache: Path) -> list[str]:
     monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     done = CliRunner().invoke(app, ["models"])
     assert done.exit_code == 0, done.output
     return [line for line in done.stdout.splitlines() if "│" in line]
