@@ -26,6 +26,12 @@ _MODULES: dict[str, str] = {
     "schedulers.discrete": "DDPMScheduler DDIMScheduler PNDMScheduler",
     "schedulers.euler": "EulerDiscreteScheduler EulerAncestralDiscreteScheduler",
     "schedulers.dpm": "DPMSolverMultistepScheduler",
+    "schedulers.variants": "DDPMParallelScheduler DDIMParallelScheduler DDIMInverseScheduler RePaintScheduler UnCLIPScheduler"
+    " DDPMWuerstchenScheduler CogVideoXDDIMScheduler CogVideoXDPMScheduler",
+    "schedulers.consistency": "LCMScheduler TCDScheduler CMStochasticIterativeScheduler ConsistencyDecoderScheduler SCMScheduler"
+    " LCMSchedulerOutput TCDSchedulerOutput",
+    "schedulers.score_sde": "KarrasVeScheduler ScoreSdeVeScheduler ScoreSdeVpScheduler KarrasVeOutput SdeVeOutput",
+    "schedulers.tokens": "VQDiffusionScheduler AmusedScheduler",
     "media.processor": "VaeImageProcessor",
     "pipelines.base": "DiffusionPipeline",
     "pipelines.auto": "AutoPipelineForText2Image AutoPipelineForImage2Image AutoPipelineForInpainting",

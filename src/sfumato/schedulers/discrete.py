@@ -68,20 +68,24 @@ class DDPMScheduler(StepScheduler):
 
     def update(self, output: torch.Tensor, t: int, following: int, x: torch.Tensor, generator: Generators) -> Update:
         """Posterior mean (eq. 7) plus noise; the step to zero draws none."""
-        alpha_bar, previous = self._alpha_bar[t], self._alpha_bar_at(following)
+        alpha_bar, previous, beta = self._alpha_bar[t], self._alpha_bar_at(following), self._beta(t, following)
         output, predicted = split_variance(output, x.shape[1], self.config["variance_type"])
-        new, x0 = self._mean(output, alpha_bar, previous, x)
+        new, x0 = self._mean(output, alpha_bar, previous, beta, x)
         if t > 0:
-            noise, beta = randn(output.shape, generator=generator, device=x.device, dtype=output.dtype), 1 - alpha_bar / previous
+            noise = randn(output.shape, generator=generator, device=x.device, dtype=output.dtype)
             deviation = self._deviation(max((1 - previous) / (1 - alpha_bar) * beta, 1e-20), beta, predicted)
             new = torch.add(new, noise, alpha=deviation) if isinstance(deviation, float) else new + deviation * noise
         return new, x0
 
-    def _mean(self, output: torch.Tensor, alpha_bar: float, previous: float, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _beta(self, t: int, following: int) -> float:
+        """Returns the variance of the noise between two training steps."""
+        return 1 - self._alpha_bar[t] / self._alpha_bar_at(following)
+
+    def _mean(self, output: torch.Tensor, alpha_bar: float, previous: float, beta: float, x: torch.Tensor) -> Update:
         """Returns the posterior's mean (eq. 7) and the denoised sample."""
-        kept, beta = alpha_bar / previous, 1 - alpha_bar / previous
         x0 = self._denoise(output, x, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
-        return mix((math.sqrt(previous) * beta / (1 - alpha_bar), math.sqrt(kept) * (1 - previous) / (1 - alpha_bar)), x0, x), x0
+        weights = math.sqrt(previous) * beta / (1 - alpha_bar), math.sqrt(1 - beta) * (1 - previous) / (1 - alpha_bar)
+        return mix(weights, x0, x), x0
 
     def _deviation(self, small: float, large: float, predicted: torch.Tensor | None) -> torch.Tensor | float:
         """Returns the standard deviation of the noise, between the posterior's variance and beta."""

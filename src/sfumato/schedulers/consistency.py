@@ -1,0 +1,346 @@
+"""Consistency models: a network that jumps to the clean sample, and steps that jump there and come part of the way back.
+
+Multistep sampling (arXiv:2303.01469 algorithm 1) is the same for all: ``x0 = c_skip * x + c_out * output``, then noise up to the
+next level. The classes differ in their levels and in the boundary condition that makes ``x0 = x`` where there is no noise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError
+from ..outputs import BaseOutput
+from ..random import Generators, randn
+from .base import Betas, Device, SchedulerMixin, SigmaScheduler, StepResult, StepScheduler, Update, one_source, wide
+from .noise import beta_table, one_of, sigma_ramp
+from .prediction import mix, noise_coefficients
+
+
+@dataclass
+class LCMSchedulerOutput(BaseOutput):
+    """Result of a step: the next sample ``prev_sample``, and the clean one, ``denoised``, both in the sample's shape."""
+
+    prev_sample: torch.Tensor
+    denoised: torch.Tensor | None = None
+
+
+@dataclass
+class TCDSchedulerOutput(BaseOutput):
+    """Result of a step: the next sample ``prev_sample``, and what it was before fresh noise, ``pred_noised_sample``."""
+
+    prev_sample: torch.Tensor
+    pred_noised_sample: torch.Tensor | None = None
+
+
+class ConsistencyScheduler(SchedulerMixin):
+    """Base of multistep consistency sampling."""
+
+    _tells_denoised = True  # whether the clean sample is part of a step's result
+
+    def step(
+        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
+        return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Jumps to the clean sample and, unless it is the last step, back with noise; see :class:`SchedulerMixin`."""
+        self._count()
+        i = self._position(timestep)
+        x0, levels = self.update(model_output, i, wide(sample)), self._next_level(i)
+        new = x0
+        if levels is not None:
+            noise = randn(model_output.shape, generator=generator, device=x0.device, dtype=model_output.dtype)
+            new = mix(levels, x0, noise)
+        return self._step(sample, (new, x0 if self._tells_denoised else None), return_dict)
+
+    def update(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
+        """Returns the clean sample: the consistency function."""
+        raise NotImplementedError
+
+    def _next_level(self, i: int) -> tuple[float, float] | None:
+        """Returns the factors of signal and noise at the level after position ``i``; ``None`` draws no noise."""
+        raise NotImplementedError
+
+
+class DistilledScheduler(StepScheduler):
+    """Base of samplers for models distilled on the training steps of another sampler.
+
+    Args:
+        original_inference_steps: Number of steps of that sampler, from which a run's are taken.
+        timestep_scaling: Sharpness of LCM's boundary condition in training steps.
+    """
+
+    _resets_origin = False  # whether set_timesteps(original_inference_steps=...) takes all training steps, whatever it says
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear", trained_betas: Betas = None, original_inference_steps: int = 50,
+        clip_sample: bool = False, clip_sample_range: float = 1.0, set_alpha_to_one: bool = True, steps_offset: int = 0,
+        prediction_type: str = "epsilon", thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0, timestep_spacing: str = "leading", timestep_scaling: float = 10.0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:  # fmt: skip
+        self._build()
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Device = None, original_inference_steps: int | None = None,
+        timesteps: list[int] | None = None, strength: float = 1.0,
+    ) -> None:  # fmt: skip
+        """Lays out a run of so many steps, or of given, descending training steps; ``timesteps`` will lie on ``device``.
+
+        Args:
+            original_inference_steps: Overrides the configuration's.
+            strength: Share of the schedule that is run, from its clean end, for image-to-image.
+
+        Raises:
+            ValueError: Not exactly one of the two was given, the steps do not fit the training steps, or the original sampler
+                has fewer steps than the run.
+        """
+        one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
+        total = len(self)
+        if timesteps is not None:
+            stops = np.asarray(timesteps, dtype=np.int64)
+            if not len(stops) or (np.diff(stops) >= 0).any() or stops[0] >= total or stops[-1] < 0:
+                raise ValueError(f"timesteps={list(timesteps)} must descend strictly within {total - 1}..0")
+            self.num_inference_steps = len(stops)
+            stops = stops[max(len(stops) - int(len(stops) * strength), 0) :]
+        else:
+            self.num_inference_steps = count = self._check_count(num_inference_steps)
+            given = total if self._resets_origin and original_inference_steps else original_inference_steps
+            original = given or self.config["original_inference_steps"]
+            origin = np.arange(1, int(original * strength) + 1)[::-1] * (total // original) - 1
+            if original > total or count > len(origin):
+                limit = f"original_inference_steps={original} (of {total} training steps) at strength={strength}"
+                raise ValueError(f"num_inference_steps={count} is more than {limit}: raise these, or lower num_inference_steps")
+            stops = origin[np.linspace(0, len(origin), count, endpoint=False).astype(np.int64)]
+        self._set_schedule(stops, device, torch.int64)
+
+
+class LCMScheduler(ConsistencyScheduler, DistilledScheduler):
+    """Latent consistency models (arXiv:2310.04378)."""
+
+    _output = LCMSchedulerOutput
+
+    def get_scalings_for_boundary_condition_discrete(self, timestep: float) -> tuple[float, float]:
+        """Returns ``(c_skip, c_out)`` at a training step (arXiv:2303.01469 eq. 5, appendix C, with ``sigma_data`` 0.5)."""
+        scaled = timestep * self.config["timestep_scaling"]
+        return 0.25 / (scaled**2 + 0.25), scaled / math.sqrt(scaled**2 + 0.25)
+
+    def update(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
+        """The consistency function on the denoised sample (arXiv:2310.04378 eq. 9)."""
+        t = int(self._times[i])
+        x0 = self._denoise(output, x, math.sqrt(self._alpha_bar[t]), math.sqrt(1 - self._alpha_bar[t]))
+        skip, out = self.get_scalings_for_boundary_condition_discrete(t)
+        return mix((out, skip), x0, x)
+
+    def _next_level(self, i: int) -> tuple[float, float] | None:
+        if i + 1 == len(self._times):
+            return None
+        alpha_bar = self._alpha_bar[int(self._times[i + 1])]
+        return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+
+
+class TCDScheduler(DistilledScheduler):
+    """Trajectory consistency distillation (arXiv:2402.19159): jumps to any level of the trajectory, not only to its end."""
+
+    _output = TCDSchedulerOutput
+    _resets_origin = True
+
+    def _build(self) -> None:
+        super()._build()
+        self._thresholds = self._clips = False  # a jump that stops on its way passes no clean sample
+
+    def step(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, eta: float = 0.3,
+        generator: Generators = None, return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample; see :class:`SchedulerMixin`.
+
+        Args:
+            eta: Share of fresh noise, gamma in the paper, 0 (deterministic) to 1 (as LCM).
+        """
+        self._count()
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta={eta}, expected 0 (no fresh noise) to 1 (all noise fresh)")
+        i, noise = self._position(timestep), None
+        if eta > 0 and i + 1 < len(self._times):
+            noise = randn(model_output.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
+        return self._step(sample, self.update(model_output, i, wide(sample), eta, noise), return_dict)
+
+    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, eta: float, noise: torch.Tensor | None) -> Update:
+        """Strategic stochastic sampling (algorithm 4): down to a level beyond the next, and up from there with noise."""
+        following = int([*self._times, 0][i + 1])
+        here, there = self._alpha_bar[int(self._times[i])], self._alpha_bar[following]
+        beyond = self._alpha_bar[int((1 - eta) * following)]
+        alpha, sigma = math.sqrt(here), math.sqrt(1 - here)
+        x0, predicted = self._denoise(output, x, alpha, sigma), mix(noise_coefficients(self._kind, alpha, sigma), x, output)
+        noised = mix((math.sqrt(beyond), math.sqrt(1 - beyond)), x0, predicted)
+        kept = there / beyond
+        return noised if noise is None else mix((math.sqrt(kept), math.sqrt(1 - kept)), noised, noise), noised
+
+
+class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
+    """Consistency models in variance-exploding form (arXiv:2303.01469).
+
+    Args:
+        num_train_timesteps: Number of levels that the model was trained on.
+        sigma_min, sigma_max, rho: See :func:`sfumato.schedulers.noise.sigma_ramp`.
+        sigma_data: Standard deviation of the data.
+        s_noise: Factor of the noise.
+        clip_denoised: Clip the clean sample to -1..1.
+    """
+
+    _tells_denoised = False
+
+    def __init__(
+        self, num_train_timesteps: int = 40, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5,
+        s_noise: float = 1.0, rho: float = 7.0, clip_denoised: bool = True,
+    ) -> None:  # fmt: skip
+        self.init_noise_sigma = sigma_max
+        self._lay_out(np.arange(num_train_timesteps), None)
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[int] | None = None
+    ) -> None:
+        """Lays out a run of so many steps, or of given, descending positions among the trained levels, 0 the noisiest.
+
+        Raises:
+            ValueError: Not exactly one of the two was given, or they do not fit ``num_train_timesteps``.
+        """
+        one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
+        total = len(self)
+        if timesteps is None:
+            count = self._check_count(num_inference_steps)
+            if count > total:
+                raise ValueError(f"num_inference_steps={count}, expected at most num_train_timesteps={total}")
+            places = np.arange(count) * (total // count)
+        else:
+            places = np.array(timesteps)[::-1]
+            if not len(places) or (np.diff(places) <= 0).any() or places[-1] >= total or places[0] < 0:
+                raise ValueError(f"timesteps={list(timesteps)} must descend strictly within {total - 1}..0")
+        self.num_inference_steps = len(places)
+        self._lay_out(places, device)
+
+    def _lay_out(self, places: np.ndarray, device: Device) -> None:
+        c = self.config
+        levels = sigma_ramp("karras", c["sigma_max"], c["sigma_min"], places / (len(self) - 1), rho=c["rho"])
+        self._set_levels(np.append(levels, c["sigma_min"]), self.sigma_to_t(levels), device, torch.float64)
+
+    def sigma_to_t(self, sigmas: np.ndarray) -> np.ndarray:
+        """Returns what the network is told of noise levels: ``250 * log(sigma)``."""
+        return 250 * np.log(np.asarray(sigmas) + 1e-44)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """Brings the sample at this timestep to unit variance."""
+        sigma = self._sigmas[self._position(timestep)]  # type: ignore[arg-type]
+        return sample * (1 / math.sqrt(sigma**2 + self.config["sigma_data"] ** 2))
+
+    def get_scalings_for_boundary_condition(self, sigma: float) -> tuple[float, float]:
+        """Returns ``(c_skip, c_out)`` at a noise level (appendix C)."""
+        data, above = self.config["sigma_data"], sigma - self.config["sigma_min"]
+        return data**2 / (above**2 + data**2), above * data / math.sqrt(sigma**2 + data**2)
+
+    def update(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
+        """The consistency function (eq. 5)."""
+        skip, out = self.get_scalings_for_boundary_condition(self._sigmas[i])
+        x0 = mix((skip, out), x, output)
+        return x0.clamp_(-1, 1) if self.config["clip_denoised"] else x0
+
+    def _next_level(self, i: int) -> tuple[float, float] | None:
+        low = self.config["sigma_min"]
+        fresh = math.sqrt(max(self._sigmas[i + 1] ** 2 - low**2, 0.0))
+        return (1.0, self.config["s_noise"] * fresh) if len(self._times) > 1 else None
+
+
+class ConsistencyDecoderScheduler(ConsistencyScheduler):
+    """The two steps of DALL-E 3's consistency decoder, on the cosine table."""
+
+    _tells_denoised = False
+
+    def __init__(self, num_train_timesteps: int = 1024, sigma_data: float = 0.5) -> None:
+        if num_train_timesteps <= 1008:
+            raise ConfigError(f"num_train_timesteps={num_train_timesteps}, expected 1024: the decoder steps from 1008 to 512")
+        self._alpha_bar = (1 - beta_table("squaredcos_cap_v2", num_train_timesteps, 0, 0)).cumprod(0).tolist()
+        self.init_noise_sigma = math.sqrt(1 - self._alpha_bar[1008])
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:
+        """Lays out the run of two steps; another number is a ValueError."""
+        if num_inference_steps != 2:
+            raise ValueError(f"num_inference_steps={num_inference_steps}, expected 2: the decoder was trained for these")
+        self.num_inference_steps = 2
+        self._set_schedule(np.array([1008, 512]), device, torch.int64)
+
+    def _position(self, timestep: float | torch.Tensor) -> int:
+        return self.index_for_timestep(self._time(timestep))
+
+    def _deviation(self, timestep: float | torch.Tensor | None) -> tuple[float, float, float]:
+        """Returns signal, noise-to-signal ratio and total deviation of ``x / signal`` at a timestep."""
+        signal = math.sqrt(self._alpha_bar[int(self._time(timestep))])  # type: ignore[arg-type]
+        sigma = math.sqrt(1 / signal**2 - 1)
+        return signal, sigma, math.sqrt(sigma**2 + self.config["sigma_data"] ** 2)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """Brings the sample at this timestep to unit variance."""
+        signal, _, deviation = self._deviation(timestep)
+        return sample * (1 / (signal * deviation))
+
+    def update(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
+        """The consistency function (arXiv:2303.01469 eq. 5 and appendix C) of a sample in variance-preserving form."""
+        signal, sigma, deviation = self._deviation(self._times[i])
+        data = self.config["sigma_data"]
+        return mix(((data / deviation) ** 2 / signal, data * sigma / deviation), x, output)
+
+    def _next_level(self, i: int) -> tuple[float, float] | None:
+        alpha_bar = self._alpha_bar[512]
+        return None if i else (math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
+
+
+class SCMScheduler(ConsistencyScheduler):
+    """Continuous-time consistency models in TrigFlow (arXiv:2410.11081); the last of ``timesteps`` is where the run ends.
+
+    Args:
+        prediction_type: ``trigflow``, the velocity along ``cos(t) * x0 + sin(t) * noise``.
+        sigma_data: Standard deviation of the data, and of the noise.
+    """
+
+    def __init__(self, num_train_timesteps: int = 1000, prediction_type: str = "trigflow", sigma_data: float = 0.5) -> None:
+        one_of("prediction_type", prediction_type, "trigflow")
+        self._set_schedule(np.arange(num_train_timesteps)[::-1], None, torch.int64)
+
+    def set_timesteps(
+        self, num_inference_steps: int, timesteps: list[float] | torch.Tensor | None = None, device: Device = None,
+        max_timesteps: float | None = 1.57080, intermediate_timesteps: float | None = 1.3,
+    ) -> None:  # fmt: skip
+        """Lays out a run from ``max_timesteps`` (at most pi / 2) to 0.
+
+        Args:
+            timesteps: Explicit times, one more than steps; ``max_timesteps`` and ``intermediate_timesteps`` must be ``None``.
+            intermediate_timesteps: The time between two steps; ``None`` for evenly spaced steps.
+
+        Raises:
+            ValueError: The arguments do not fit each other or the model.
+        """
+        count = self._check_count(num_inference_steps)
+        one_source(timesteps=timesteps, max_timesteps=max_timesteps)
+        middle = intermediate_timesteps
+        if count > len(self) or (timesteps is not None and len(timesteps) != count + 1):
+            raise ValueError(f"num_inference_steps={count}, expected at most {len(self)}, and one less than there are timesteps")
+        if middle is not None and (count != 2 or timesteps is not None):
+            raise ValueError(f"intermediate_timesteps={middle} is for num_inference_steps=2 without timesteps: set it to None")
+        if timesteps is not None:
+            times = np.array(torch.as_tensor(timesteps).tolist())
+        else:
+            times = np.linspace(float(max_timesteps or 0), 0, count + 1)
+            times[1] = times[1] if middle is None else middle
+        self.num_inference_steps = count
+        self._set_schedule(times, device, torch.float32)
+        self._ends, self._times = self._times[1:], self._times[:-1]
+
+    def update(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
+        """The consistency function (eq. 5): the rest of the way along the circle."""
+        return mix((math.cos(self._times[i]), -math.sin(self._times[i])), x, output)
+
+    def _next_level(self, i: int) -> tuple[float, float] | None:
+        return math.cos(self._ends[i]), math.sin(self._ends[i]) * self.config["sigma_data"]

@@ -1,0 +1,200 @@
+"""Samplers of score-based models: stochastic differential equations (arXiv:2011.13456) and their second-order form (EDM)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..outputs import BaseOutput
+from ..random import Generators, randn
+from .base import Device, SchedulerMixin, StepResult
+
+
+@dataclass
+class KarrasVeOutput(BaseOutput):
+    """Result of a step: sample, slope and clean sample, all in the sample's shape."""
+
+    prev_sample: torch.Tensor
+    derivative: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+@dataclass
+class SdeVeOutput(BaseOutput):
+    """Result of a step: the sample, and the sample without its fresh noise."""
+
+    prev_sample: torch.Tensor
+    prev_sample_mean: torch.Tensor
+
+
+class KarrasVeScheduler(SchedulerMixin):
+    """Stochastic sampling in variance-exploding form (arXiv:2206.00364 algorithm 2); the caller passes the noise levels.
+
+    Attributes:
+        schedule: Squares of the noise levels, ``(steps,)``, for ``timesteps`` from the last to 0.
+
+    Args:
+        sigma_min, sigma_max: Noise levels of the schedule.
+        s_noise, s_churn: Factor of the added noise, and how much of it a run adds.
+        s_min, s_max: Noise levels between which noise is added.
+    """
+
+    order = 2
+
+    def __init__(
+        self, sigma_min: float = 0.02, sigma_max: float = 100, s_noise: float = 1.007, s_churn: float = 80, s_min: float = 0.05,
+        s_max: float = 50,
+    ) -> None:  # fmt: skip
+        self.init_noise_sigma = sigma_max
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
+        """Lays out a run of at least 2 steps, geometric in the noise level, with ``timesteps`` on ``device``."""
+        self.num_inference_steps = count = self._check_count(num_inference_steps)
+        if count < 2:
+            raise ValueError(f"num_inference_steps={count}, expected at least 2: the levels go from sigma_max to sigma_min")
+        self._set_schedule(np.arange(count)[::-1], device, torch.int64)
+        high, low = self.config["sigma_max"] ** 2, self.config["sigma_min"] ** 2
+        squares = high * (low / high) ** (np.arange(count)[::-1] / (count - 1))
+        self.schedule = torch.tensor(squares, dtype=torch.float32, device=device)
+
+    def add_noise_to_input(self, sample: torch.Tensor, sigma: float, generator: Generators = None) -> tuple[torch.Tensor, float]:
+        """Raises a sample of noise level ``sigma`` to a higher one, and returns both (lines 4 to 6)."""
+        c, sigma = self.config, float(sigma)
+        churn = min(c["s_churn"] / self._count(), math.sqrt(2) - 1) if c["s_min"] <= sigma <= c["s_max"] else 0.0
+        raised = sigma * (1 + churn)
+        noise = randn(sample.shape, generator=generator, device=sample.device)
+        return torch.add(sample, noise, alpha=c["s_noise"] * math.sqrt(raised**2 - sigma**2)), raised
+
+    def step(
+        self, model_output: torch.Tensor, sigma_hat: float, sigma_prev: float, sample_hat: torch.Tensor, return_dict: bool = True
+    ) -> KarrasVeOutput | tuple[torch.Tensor, ...]:
+        """Goes from the raised level to the next along the slope (lines 7 and 8).
+
+        Args:
+            model_output: ``(x0 - sample) / sigma``, that is, minus the noise.
+            sigma_hat, sample_hat: Results of ``add_noise_to_input``.
+            sigma_prev: The next level.
+        """
+        return self._move(model_output, sigma_hat, sigma_prev, sample_hat, sample_hat, None, return_dict)
+
+    def step_correct(
+        self, model_output: torch.Tensor, sigma_hat: float, sigma_prev: float, sample_hat: torch.Tensor, sample_prev: torch.Tensor,
+        derivative: torch.Tensor, return_dict: bool = True,
+    ) -> KarrasVeOutput | tuple[torch.Tensor, ...]:  # fmt: skip
+        """Repeats the step with the mean of the slopes at its ends (lines 10 and 11); ``model_output`` is of ``sample_prev``."""
+        return self._move(model_output, sigma_hat, sigma_prev, sample_hat, sample_prev, derivative, return_dict)
+
+    def _move(
+        self, output: torch.Tensor, raised: float, following: float, start: torch.Tensor, at: torch.Tensor,
+        derivative: torch.Tensor | None, return_dict: bool,
+    ) -> KarrasVeOutput | tuple[torch.Tensor, ...]:  # fmt: skip
+        raised, following = float(raised), float(following)
+        sigma = raised if derivative is None else following
+        x0 = torch.add(at, output, alpha=sigma)
+        slope = -output
+        mean = slope if derivative is None else (slope + derivative) / 2
+        new = torch.add(start, mean, alpha=following - raised)
+        return KarrasVeOutput(new, slope, x0) if return_dict else (new, slope)
+
+
+class ScoreSdeVeScheduler(SchedulerMixin):
+    """Predictor and corrector for the variance-exploding SDE (arXiv:2011.13456 algorithm 2).
+
+    Attributes:
+        sigmas, discrete_sigmas: Noise levels of ``timesteps``, and from ``sigma_min`` up to ``sigma_max``.
+
+    Args:
+        snr: Signal-to-noise ratio of a corrector step.
+        sigma_min, sigma_max: Noise levels.
+        sampling_eps: Time at which a run ends, from 1.
+        correct_steps: Corrector steps per predictor step.
+    """
+
+    def __init__(
+        self, num_train_timesteps: int = 2000, snr: float = 0.15, sigma_min: float = 0.01, sigma_max: float = 1348.0,
+        sampling_eps: float = 1e-5, correct_steps: int = 1,
+    ) -> None:  # fmt: skip
+        self.init_noise_sigma = sigma_max
+        self.set_sigmas(num_train_timesteps)
+
+    def set_timesteps(self, num_inference_steps: int, sampling_eps: float | None = None, device: Device = None) -> None:
+        """Lays out times from 1 to ``sampling_eps``; ``set_sigmas`` follows."""
+        end = self.config["sampling_eps"] if sampling_eps is None else sampling_eps
+        self.num_inference_steps = count = self._check_count(num_inference_steps)
+        self._set_schedule(torch.linspace(1, end, count).numpy(), device, torch.float32)
+
+    def set_sigmas(
+        self, num_inference_steps: int, sigma_min: float | None = None, sigma_max: float | None = None,
+        sampling_eps: float | None = None,
+    ) -> None:  # fmt: skip
+        """Lays out the noise levels, geometric in time (arXiv:2011.13456 eq. 30), of as many times as there are steps."""
+        low = self.config["sigma_min"] if sigma_min is None else sigma_min
+        high = self.config["sigma_max"] if sigma_max is None else sigma_max
+        if self.num_inference_steps != num_inference_steps:
+            self.set_timesteps(num_inference_steps, sampling_eps)
+        self.discrete_sigmas = torch.linspace(math.log(low), math.log(high), num_inference_steps).exp()
+        self.sigmas = low * (high / low) ** self.timesteps.cpu()
+        self._levels = self.discrete_sigmas.tolist()
+
+    def step_pred(
+        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SdeVeOutput | tuple[torch.Tensor, ...]:  # fmt: skip
+        """Predictor: reverse diffusion by one noise level (eq. 47), with noise from ``generator``.
+
+        ``model_output`` is the score; other arguments see :class:`SchedulerMixin`.
+        """
+        last = len(self._times) - 1
+        i = int(np.float32(self._time(timestep)) * np.float32(last))
+        variance = self._levels[i] ** 2 - (self._levels[i - 1] if i else 0.0) ** 2
+        noise = randn(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        mean = torch.add(sample, model_output, alpha=variance)
+        new = torch.add(mean, noise, alpha=math.sqrt(variance))
+        return SdeVeOutput(new, mean) if return_dict else (new, mean)
+
+    def step_correct(
+        self, model_output: torch.Tensor, sample: torch.Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> StepResult:
+        """Corrector: Langevin dynamics at one noise level (algorithm 4); the step size is that of the whole batch."""
+        noise = randn(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        ratio = noise.flatten(1).norm(dim=1).mean() / model_output.flatten(1).norm(dim=1).mean()
+        size = 2 * (self.config["snr"] * ratio) ** 2
+        return self._step(sample, (sample + size * model_output + (2 * size).sqrt() * noise, None), return_dict)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Noises clean samples to the levels at positions ``timesteps``, ``(B,)``, of ``discrete_sigmas``."""
+        sigmas = self.discrete_sigmas.to(original_samples)[timesteps.to(original_samples.device)]
+        return original_samples + noise * sigmas.view(-1, *[1] * (noise.ndim - 1))
+
+
+class ScoreSdeVpScheduler(SchedulerMixin):
+    """Euler-Maruyama on the variance-preserving SDE (arXiv:2011.13456 eqs. 11 and 32).
+
+    Args:
+        beta_min, beta_max: Rate of noise at times 0 and 1.
+        sampling_eps: Time at which a run ends, from 1.
+    """
+
+    def __init__(
+        self, num_train_timesteps: int = 2000, beta_min: float = 0.1, beta_max: float = 20, sampling_eps: float = 1e-3
+    ) -> None:
+        pass
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
+        """Lays out times from 1 to ``sampling_eps``, on ``device``."""
+        self.num_inference_steps = count = self._check_count(num_inference_steps)
+        self._set_schedule(torch.linspace(1, self.config["sampling_eps"], count).numpy(), device, torch.float32)
+
+    def step_pred(
+        self, score: torch.Tensor, x: torch.Tensor, t: float | torch.Tensor, generator: Generators = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the next sample and the same without its fresh noise; ``score`` is that of unit variance (minus the noise)."""
+        count, low, high, now = self._count(), self.config["beta_min"], self.config["beta_max"], self._time(t)
+        spread = math.sqrt(-math.expm1(-(now**2) / 2 * (high - low) - now * low))  # of the noise at this time, eq. 33
+        beta = (low + now * (high - low)) / count
+        mean = torch.add(x, x, alpha=beta / 2).add_(score, alpha=beta / spread)
+        noise = randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return torch.add(mean, noise, alpha=math.sqrt(beta)), mean

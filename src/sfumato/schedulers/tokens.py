@@ -1,0 +1,156 @@
+"""Samplers of pictures that are made of tokens: discrete diffusion and masked generation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from ..random import Generators, categorical, rand
+from .base import Device, SchedulerMixin, SchedulerOutput, StepResult
+from .noise import one_of
+
+
+class VQDiffusionScheduler(SchedulerMixin):
+    """Discrete diffusion that replaces tokens by random ones or by a mask (arXiv:2111.14822).
+
+    A training step keeps a token with probability ``alpha + beta``, masks it with ``gamma``, and turns it into each other class
+    with ``beta`` (eq. 7).
+
+    Args:
+        num_vec_classes: Classes of tokens, the mask (the last) included.
+        alpha_cum_start, alpha_cum_end: Accumulated ``alpha`` at the first and the last training step, linear between.
+        gamma_cum_start, gamma_cum_end: The same of ``gamma``.
+    """
+
+    def __init__(
+        self, num_vec_classes: int, num_train_timesteps: int = 100, alpha_cum_start: float = 0.99999,
+        alpha_cum_end: float = 0.000009, gamma_cum_start: float = 0.000009, gamma_cum_end: float = 0.99999,
+    ) -> None:  # fmt: skip
+        tokens = num_vec_classes - 1
+        kept = np.linspace(alpha_cum_start, alpha_cum_end, num_train_timesteps)
+        masked = np.linspace(gamma_cum_start, gamma_cum_end, num_train_timesteps)
+        before_kept, before_masked = np.append(1.0, kept[:-1]), np.append(0.0, masked[:-1])
+        alpha, gamma = kept / before_kept, 1 - (1 - masked) / (1 - before_masked)
+        # (alpha, beta, gamma) of each training step, alone and accumulated with all before it.
+        self._single = np.stack([alpha, (1 - alpha - gamma) / tokens, gamma], 1).tolist()
+        self._total = np.stack([kept, (1 - kept - masked) / tokens, masked], 1).tolist()
+        self.mask_class = tokens
+        self._set_schedule(np.arange(num_train_timesteps)[::-1], None, torch.int64)
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
+        """Lays out the last ``num_inference_steps`` training steps, at most all, with ``timesteps`` on ``device``."""
+        self.num_inference_steps = count = self._check_count(num_inference_steps)
+        if count > len(self):
+            raise ValueError(f"num_inference_steps={count} is more than the {len(self)} steps this model was trained with")
+        self._set_schedule(np.arange(count)[::-1], device, torch.int64)
+
+    def step(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
+        return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Draws the tokens of the step before, with the Gumbel trick (section 3.2).
+
+        Args:
+            model_output: Logarithms of the clean tokens' probabilities, ``(B, classes - 1, N)``.
+            timestep, generator, return_dict: See :class:`SchedulerMixin`.
+            sample: Tokens, int64 ``(B, N)``.
+        """
+        t = int(self._time(timestep))
+        log_p = self.q_posterior(model_output, sample, t) if t else model_output
+        uniform = rand(log_p.shape, generator=generator, device=log_p.device)
+        gumbel = uniform.add_(1e-30).log_().neg_().add_(1e-30).log_()
+        return self._step(sample, ((log_p - gumbel).argmax(1), None), return_dict)
+
+    def q_posterior(self, log_p_x_0: torch.Tensor, x_t: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
+        """Returns the logarithms of the probabilities of the tokens one step before (eqs. 8 and 11).
+
+        Args:
+            log_p_x_0: Of the clean tokens, ``(B, classes - 1, N)``.
+            x_t: Tokens at training step ``t``, ``(B, N)``.
+
+        Returns:
+            ``(B, classes, N)``; minus infinity for the mask where the token is not masked.
+        """
+        t = int(self._time(t))
+        (a, b, c), (total_a, total_b, total_c) = self._single[t], self._total[t]
+        before_a, before_b, before_c = self._total[t - 1] if t else (1.0, 0.0, 0.0)
+        masked = (x_t == self.mask_class).unsqueeze(1)  # (B, 1, N)
+        own = x_t.unsqueeze(1).clamp(max=self.mask_class - 1)  # where to put right the class of a token that is not masked
+
+        def divide(p: torch.Tensor) -> torch.Tensor:
+            """Divides by the probability of reaching ``x_t`` from each clean class."""
+            w = p.mul_(torch.where(masked, 1 / total_c, 1 / total_b))
+            factor = torch.where(masked, 1.0, total_b / (total_a + total_b))
+            return w.scatter_(1, own, w.gather(1, own) * factor)
+
+        w = divide(log_p_x_0.exp())
+        whole = w.sum(1, keepdim=True)
+        # From each clean class to the step before, and from there to x_t.
+        p = w.mul_(before_a).add_(whole, alpha=before_b).mul_(torch.where(masked, c, b))
+        p.scatter_(1, own, p.gather(1, own) * torch.where(masked, 1.0, (a + b) / b))
+        return torch.cat([p, torch.where(masked, before_c * whole, 0.0)], 1).log()
+
+
+class AmusedScheduler(SchedulerMixin):
+    """Parallel decoding of masked tokens: of the drawn ones, the least confident are masked again (arXiv:2202.04200 section 3.2).
+
+    Args:
+        mask_token_id: Token of the mask.
+        masking_schedule: ``cosine`` or ``linear``, the share of masked tokens over the steps.
+    """
+
+    def __init__(self, mask_token_id: int, masking_schedule: str = "cosine") -> None:
+        one_of("masking_schedule", masking_schedule, "cosine", "linear")
+
+    def set_timesteps(
+        self, num_inference_steps: int, temperature: float | tuple[float, float] | list[float] = (2, 0), device: Device = None
+    ) -> None:
+        """Lays out a run; ``temperature`` of the choice of masks goes from the first to the second value (0.01 if there is one)."""
+        self.num_inference_steps = count = self._check_count(num_inference_steps)
+        first, last = temperature if isinstance(temperature, (tuple, list)) else (temperature, 0.01)
+        self.temperatures = torch.linspace(first, last, count, device=device)
+        self._temperatures = self.temperatures.tolist()
+        self._set_schedule(np.arange(count)[::-1], device, torch.int64)
+
+    def _share(self, timestep: int | torch.Tensor) -> tuple[int, float]:
+        """Returns a timestep's position, and the share of tokens masked after it."""
+        i = self._count() - 1 - int(self._time(timestep))
+        done = (i + 1) / self._count()
+        return i, math.cos(done * math.pi / 2) if self.config["masking_schedule"] == "cosine" else 1 - done
+
+    def step(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, starting_mask_ratio: float = 1.0,
+        generator: Generators = None, return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Draws all masked tokens and masks the least confident of them again.
+
+        Args:
+            model_output: Logits, ``(B, N, classes)``, or ``(B, classes, H, W)``.
+            timestep, generator, return_dict: See :class:`SchedulerMixin`.
+            sample: Tokens, int64 ``(B, N)``, or ``(B, H, W)``.
+            starting_mask_ratio: Share of masked tokens that the run began with.
+        """
+        shape, tokens = sample.shape, sample.flatten(1)  # (B, N)
+        logits = model_output.flatten(2).transpose(1, 2) if sample.ndim == 3 else model_output
+        probabilities = logits.softmax(-1)
+        unknown = tokens == self.config["mask_token_id"]
+        clean = torch.where(unknown, categorical(probabilities, generator=generator), tokens)
+        (i, share), new = self._share(timestep), clean
+        if i + 1 < self._count():
+            limit = math.floor(tokens.shape[1] * share * starting_mask_ratio)
+            masks = unknown.sum(1, keepdim=True).sub_(1).clamp_(max=limit).clamp_(min=1)  # (B, 1)
+            chosen = probabilities.gather(2, clean.unsqueeze(2)).squeeze(2).masked_fill(~unknown, torch.finfo(logits.dtype).max)
+            uniform = rand(tokens.shape, generator=generator, device=tokens.device)
+            gumbel = uniform.clamp_(min=1e-20).log_().neg_().clamp_(min=1e-20).log_().neg_()
+            confidence = chosen.log().add(gumbel, alpha=self._temperatures[i])
+            cut = confidence.sort(1).values.gather(1, masks)
+            new = clean.masked_fill(confidence < cut, self.config["mask_token_id"])
+        result = SchedulerOutput(new.view(shape), clean.view(shape))
+        return result if return_dict else result.to_tuple()
+
+    def add_noise(self, sample: torch.Tensor, timesteps: int | torch.Tensor, generator: Generators = None) -> torch.Tensor:
+        """Masks the share of tokens that is masked after the step ``timesteps``, at random places."""
+        chosen = rand(sample.shape, generator=generator, device=sample.device) < self._share(timesteps)[1]
+        return sample.masked_fill(chosen, self.config["mask_token_id"])

@@ -1,0 +1,342 @@
+"""Relatives of DDPM and DDIM: the same steps for many times at once, backwards, around a mask, and on other noise tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ..random import Generators, randn
+from .base import Betas, Device, LevelScheduler, StepResult, one_source, wide
+from .discrete import DDIMScheduler, DDPMScheduler
+from .noise import beta_table, one_of, zero_terminal_snr
+from .prediction import mix
+
+
+def _each(solve: Callable[..., torch.Tensor], output: torch.Tensor, timesteps: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Solves each sample ``(1, C, ...)`` of a batch for its own timestep, as sampling parallel in time asks (arXiv:2305.16317)."""
+    parts = zip(output.split(1), timesteps.flatten().tolist(), x.split(1), strict=True)
+    return torch.cat([solve(o, int(t), wide(sample)) for o, t, sample in parts]).to(x.dtype)
+
+
+class DDPMParallelScheduler(DDPMScheduler):
+    """DDPM that can also step each sample of a batch from its own timestep; see :class:`DDPMScheduler`."""
+
+    def batch_step_no_noise(self, model_output: torch.Tensor, timesteps: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """Returns the posteriors' means (arXiv:2006.11239 eq. 7), without noise.
+
+        Args:
+            model_output, sample: ``(B, C, ...)``; the output ``(B, 2C, ...)`` with a learned variance.
+            timesteps: Training steps, ``(B,)``.
+        """
+        # A parallel sampler moves on by one even stride, whatever the spacing.
+        stride, channels = len(self) // self._count(), sample.shape[1]
+
+        def mean(output: torch.Tensor, t: int, x: torch.Tensor) -> torch.Tensor:
+            previous, beta = self._alpha_bar_at(t - stride), self._beta(t, t - stride)
+            return self._mean(output[:, :channels], self._alpha_bar[t], previous, beta, x)[0]
+
+        return _each(mean, model_output, timesteps, sample)
+
+
+class DDIMParallelScheduler(DDIMScheduler):
+    """DDIM that can also step each sample of a batch from its own timestep; see :class:`DDIMScheduler`."""
+
+    def batch_step_no_noise(
+        self, model_output: torch.Tensor, timesteps: torch.Tensor, sample: torch.Tensor, eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        """Returns the samples of ``step`` (arXiv:2010.02502 eq. 12) without the noise that ``eta`` makes room for.
+
+        Args:
+            model_output, sample, eta, use_clipped_model_output: See ``step``.
+            timesteps: Training steps, ``(B,)``.
+        """
+        return _each(lambda o, t, x: self.update(o, t, x, eta, use_clipped_model_output, None)[0], model_output, timesteps, sample)
+
+
+class DDIMInverseScheduler(DDIMScheduler):
+    """DDIM from the clean sample to the noise that would give it (arXiv:2010.02502 section 4.3); ``timesteps`` ascend.
+
+    Args:
+        set_alpha_to_one: The run begins at the clean sample; else at the level of training step 0.
+    """
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
+        trained_betas: Betas = None, clip_sample: bool = True, set_alpha_to_one: bool = True, steps_offset: int = 0,
+        prediction_type: str = "epsilon", clip_sample_range: float = 1.0, timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:  # fmt: skip
+        one_of("timestep_spacing", timestep_spacing, "leading", "trailing")
+        self._build()
+        self._set_schedule(np.arange(num_train_timesteps), None, torch.int64)
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
+        """Lays out a run of ``num_inference_steps``, at most as many as training steps, with ``timesteps`` on ``device``."""
+        self._set_schedule(self._stops(num_inference_steps)[::-1], device, torch.int64)
+
+    def step(  # type: ignore[override]
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
+    ) -> StepResult:
+        """Goes one step towards the noise, up to the level of ``timestep``; see :class:`SchedulerMixin`."""
+        return super().step(model_output, timestep, sample, return_dict=return_dict)
+
+    def _move(self, t: int) -> tuple[float, float]:
+        return self._alpha_bar_at(min(t - len(self) // self._count(), len(self) - 1)), self._alpha_bar[t]
+
+
+class RePaintScheduler(DDIMScheduler):
+    """Inpainting with an unconditional model: the known region is noised anew at each step (arXiv:2201.09865 algorithm 1).
+
+    Args:
+        eta: Share of the posterior's deviation that is added as noise, 0 (none) to 1 (as DDPM).
+    """
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
+        eta: float = 0.0, trained_betas: Betas = None, clip_sample: bool = True,
+    ) -> None:  # fmt: skip
+        self._build()
+
+    def set_timesteps(  # type: ignore[override]
+        self, num_inference_steps: int, jump_length: int = 10, jump_n_sample: int = 10, device: Device = None
+    ) -> None:
+        """Lays out a run that goes over each stretch of ``jump_length`` steps ``jump_n_sample`` times (appendix B).
+
+        Raises:
+            ValueError: More steps than the model was trained with, or a jump of length 0.
+        """
+        if jump_length < 1:
+            raise ValueError(f"jump_length={jump_length}, expected at least 1 (jump_n_sample=1 for a run without jumps)")
+        self.num_inference_steps = count = min(self._check_count(num_inference_steps), len(self))
+        left = dict.fromkeys(range(0, count - jump_length, jump_length), jump_n_sample - 1)
+        t, times = count, []
+        while t > 0:
+            t -= 1
+            times.append(t)
+            if left.get(t, 0) > 0:
+                left[t] -= 1
+                times.extend(range(t + 1, t + jump_length + 1))
+                t += jump_length
+        self._set_schedule(np.array(times) * (len(self) // count), device, torch.int64)
+
+    def step(  # type: ignore[override]
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, original_image: torch.Tensor,
+        mask: torch.Tensor, generator: Generators = None, return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample, with one draw of noise for both regions.
+
+        Args:
+            model_output, timestep, sample, generator, return_dict: See :class:`SchedulerMixin`.
+            original_image: The clean picture, as ``sample``.
+            mask: 1 where the picture is known and kept, 0 where it is made anew; broadcasts to ``sample``.
+        """
+        t, x = self._training_step(timestep), wide(sample)
+        noise = randn(model_output.shape, generator=generator, device=x.device, dtype=model_output.dtype)
+        eta, previous = self.config["eta"], self._move(t)[1]
+        unknown, x0 = self.update(model_output, t, x, eta, False, noise if eta > 0 else None)
+        known = mix((math.sqrt(previous), math.sqrt(1 - previous)), wide(original_image), noise)  # eq. 8a
+        return self._step(sample, (torch.lerp(unknown, known, mask.to(unknown)), x0), return_dict)
+
+    def undo_step(self, sample: torch.Tensor, timestep: int | torch.Tensor, generator: Generators = None) -> torch.Tensor:
+        """Noises the sample up from ``timestep`` by one step of the run, through each training step (arXiv:2006.11239 eq. 2)."""
+        t, x = self._training_step(timestep), wide(sample)
+        for beta in self.betas[t : t + len(self) // self._count()].tolist():
+            noise = randn(sample.shape, generator=generator, device=x.device, dtype=sample.dtype)
+            x = mix((math.sqrt(1 - beta), math.sqrt(beta)), x, noise)
+        return x.to(sample.dtype)
+
+
+class UnCLIPScheduler(DDPMScheduler):
+    """DDPM as DALL-E 2's prior and decoders run it (arXiv:2204.06125): even steps from the last training step to the first.
+
+    Args:
+        variance_type: ``fixed_small_log`` (the posterior's) or ``learned_range``; see :class:`DDPMScheduler`.
+        beta_schedule: ``squaredcos_cap_v2``.
+    """
+
+    predictions = ("epsilon", "sample")
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, variance_type: str = "fixed_small_log", clip_sample: bool = True,
+        clip_sample_range: float | None = 1.0, prediction_type: str = "epsilon", beta_schedule: str = "squaredcos_cap_v2",
+    ) -> None:  # fmt: skip
+        one_of("beta_schedule", beta_schedule, "squaredcos_cap_v2")
+        one_of("variance_type", variance_type, "fixed_small_log", "learned_range")
+        self._build()
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:  # type: ignore[override]
+        """Lays out a run of at least 2 steps, with ``timesteps`` on ``device``."""
+        self.num_inference_steps = count = self._check_count(num_inference_steps)
+        if not 2 <= count <= len(self):
+            raise ValueError(f"num_inference_steps={count}, expected 2..{len(self)}: the run goes from the last training step to 0")
+        stops = np.arange(count)[::-1] * ((len(self) - 1) / (count - 1))
+        self._set_schedule(stops.round().astype(np.int64), device, torch.int64)
+
+    def step(  # type: ignore[override]
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor,
+        prev_timestep: int | torch.Tensor | None = None, generator: Generators = None, return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`.
+
+        ``prev_timestep`` is the training step to go to, by default the one below ``timestep``.
+        """
+        t = self._training_step(timestep)
+        following = t - 1 if prev_timestep is None else self._training_step(prev_timestep)
+        return self._step(sample, self.update(model_output, t, following, wide(sample), generator), return_dict)
+
+    def _beta(self, t: int, following: int) -> float:
+        # In float32, as published samples were made: at the clean end it shows.
+        ratio = np.float32(self._alpha_bar[t]) / np.float32(self._alpha_bar_at(following))
+        return self.betas[t].item() if following == t - 1 else float(1 - ratio)
+
+
+class DDPMWuerstchenScheduler(LevelScheduler):
+    """DDPM in continuous time, 1 (noise) to 0 (clean), on the cosine table (arXiv:2306.00637, arXiv:2102.09672 eq. 17).
+
+    Args:
+        scaler: Moves the levels towards the clean end above 1, towards noise below.
+        s: Offset of the cosine.
+    """
+
+    def __init__(self, scaler: float = 1.0, s: float = 0.008) -> None:
+        self._build()
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, timesteps: list[float] | torch.Tensor | None = None, device: Device = None
+    ) -> None:
+        """Lays out a run of so many steps, or of given times in 1..0, the last of which is where it ends."""
+        one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
+        times = (
+            torch.linspace(1, 0, self._check_count(num_inference_steps) + 1) if timesteps is None else torch.as_tensor(timesteps)
+        )
+        if times.ndim != 1 or len(times) < 2:
+            raise ValueError(f"timesteps={timesteps}, expected two times or more, of which the last is where the run ends")
+        self.num_inference_steps = len(times) - 1
+        self._set_schedule(times.cpu().double().numpy(), device, torch.float32)
+        self._alpha_bars = self._alpha_bar_at(torch.tensor(self._times)).tolist()
+
+    def _alpha_bar_at(self, t: torch.Tensor) -> torch.Tensor:
+        scaler, s = self.config["scaler"], self.config["s"]
+        t = 1 - (1 - t) ** scaler if scaler > 1 else t**scaler
+        signal = torch.cos((t + s) / (1 + s) * (math.pi / 2)) ** 2 / math.cos(s / (1 + s) * math.pi / 2) ** 2
+        return signal.clamp(0.0001, 0.9999)
+
+    def _levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha_bar = self._alpha_bar_at(timesteps)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def step(
+        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
+        return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`.
+
+        The timestep may be ``(B,)`` with equal entries.
+        """
+        self._count()
+        t, x = self._time(timestep), wide(sample)
+        noise = randn(model_output.shape, generator=generator, device=x.device, dtype=model_output.dtype)
+        i = min(range(len(self._times) - 1), key=lambda j: abs(self._times[j] - t))
+        return self._step(sample, (self.update(model_output, i, x, noise), None), return_dict)
+
+    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Posterior mean and deviation (arXiv:2006.11239 eqs. 11 and 7); the step to time 0 adds no noise."""
+        alpha_bar, previous = self._alpha_bars[i], self._alpha_bars[i + 1]
+        kept = alpha_bar / previous
+        mean = mix((1 / math.sqrt(kept), (kept - 1) / math.sqrt(kept * (1 - alpha_bar))), x, output)
+        deviation = math.sqrt((1 - kept) * (1 - previous) / (1 - alpha_bar)) if self._times[i + 1] else 0.0
+        return mean.add_(noise, alpha=deviation)
+
+
+class CogVideoXDDIMScheduler(DDIMScheduler):
+    """Deterministic DDIM on a table whose signal-to-noise ratio is shifted (arXiv:2408.06072); nothing is clipped.
+
+    Args:
+        snr_shift_scale: The signal-to-noise ratio is divided by this.
+    """
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear", trained_betas: Betas = None, clip_sample: bool = True, set_alpha_to_one: bool = True,
+        steps_offset: int = 0, prediction_type: str = "epsilon", clip_sample_range: float = 1.0, sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading", rescale_betas_zero_snr: bool = False, snr_shift_scale: float = 3.0,
+    ) -> None:  # fmt: skip
+        one_of("beta_schedule", beta_schedule, "linear", "scaled_linear", "squaredcos_cap_v2")
+        self._build()
+        self._clips = False  # the keys of clipping are part of published files but have no effect
+
+    def _alpha_bar_table(self, floor: float = 0.0) -> torch.Tensor:
+        c = self.config
+        dtype = torch.float64 if c["beta_schedule"] == "scaled_linear" else torch.float32
+        self.betas = beta_table(c["beta_schedule"], len(self), c["beta_start"], c["beta_end"], c["trained_betas"], dtype)
+        alpha_bar = (1 - self.betas).cumprod(0)
+        alpha_bar = alpha_bar / (c["snr_shift_scale"] + (1 - c["snr_shift_scale"]) * alpha_bar)
+        self.alphas_cumprod = zero_terminal_snr(alpha_bar) if c["rescale_betas_zero_snr"] else alpha_bar
+        return self.alphas_cumprod
+
+    def step(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, eta: float = 0.0,
+        use_clipped_model_output: bool = False, generator: Generators = None, variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample; see :class:`DDIMScheduler`. Raises a ValueError unless ``eta`` is 0."""
+        _refuse_eta(eta)
+        return super().step(model_output, timestep, sample, return_dict=return_dict)
+
+
+def _refuse_eta(eta: float) -> None:
+    if eta:
+        raise ValueError(f"eta={eta} has no effect in CogVideoX's schedulers: leave it at 0, or use DDIMScheduler")
+
+
+class CogVideoXDPMScheduler(CogVideoXDDIMScheduler):
+    """Second-order SDE-DPM-Solver++ (arXiv:2211.01095) on CogVideoX's table; the caller keeps the last denoised sample."""
+
+    def step(  # type: ignore[override]
+        self, model_output: torch.Tensor, old_pred_original_sample: torch.Tensor | None, timestep: int | torch.Tensor,
+        timestep_back: int | torch.Tensor | None, sample: torch.Tensor, eta: float = 0.0, use_clipped_model_output: bool = False,
+        generator: Generators = None, variance_noise: torch.Tensor | None = None, return_dict: bool = False,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample, with noise from ``generator`` (twice the noise where it is of second order).
+
+        Args:
+            model_output, timestep, sample, generator, return_dict: See :class:`SchedulerMixin`.
+            old_pred_original_sample, timestep_back: Denoised sample and timestep of the last step, ``None`` in the first.
+            eta, use_clipped_model_output, variance_noise: As in other schedulers' signatures; they must be left out.
+
+        Raises:
+            ValueError: ``eta`` or ``variance_noise`` was given.
+        """
+        _refuse_eta(eta)
+        if variance_noise is not None:
+            raise ValueError("variance_noise has no effect in CogVideoX's schedulers: pass a generator")
+        t, x, noise = self._training_step(timestep), wide(sample), torch.empty(0)
+        alpha_bar, previous = self._move(t)
+        second = old_pred_original_sample is not None and timestep_back is not None and t >= len(self) // self._count()
+        for _ in range(1 + second):  # of two draws the second counts
+            noise = randn(sample.shape, generator=generator, device=x.device, dtype=sample.dtype)
+        x0 = slope = self._denoise(model_output, x, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
+        h = _log_snr(previous) - _log_snr(alpha_bar)
+        if second:
+            before = _log_snr(self._alpha_bar[self._training_step(timestep_back)])  # type: ignore[arg-type]
+            slope = torch.lerp(wide(old_pred_original_sample), x0, 1 + h / (2 * (_log_snr(alpha_bar) - before)))  # type: ignore[arg-type]
+        return self._step(sample, (self.update(slope, x, alpha_bar, previous, h, noise), x0), return_dict)
+
+    def update(  # type: ignore[override]
+        self, slope: torch.Tensor, x: torch.Tensor, alpha_bar: float, previous: float, h: float, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """Eq. 18 of arXiv:2211.01095 (appendix A), with the (extrapolated) denoised sample as ``slope``."""
+        keep = math.sqrt((1 - previous) / (1 - alpha_bar)) * math.exp(-h)
+        fresh = -math.expm1(-2 * h)
+        return mix((keep, math.sqrt(previous) * fresh), x, slope).add_(noise, alpha=math.sqrt((1 - previous) * fresh))
+
+
+def _log_snr(alpha_bar: float) -> float:
+    """Returns half the logarithm of the signal-to-noise ratio, infinite where there is none of either."""
+    if alpha_bar in (0.0, 1.0):
+        return math.inf if alpha_bar else -math.inf
+    return math.log(alpha_bar / (1 - alpha_bar)) / 2
