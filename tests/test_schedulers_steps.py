@@ -32,8 +32,9 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     + grid([LATENT], [{"prediction_type": "sample", "set_alpha_to_one": False}], CLIPS[:1]),
     "RePaintScheduler": grid(TABLES, axis("eta", 0.0, 0.5, 1.0), axis("clip_sample", True, False))
     + grid([{"beta_schedule": "sigmoid"}], axis("eta", 0.0, 1.0)),
-    "UnCLIPScheduler": grid(axis("prediction_type", "epsilon", "sample"), [*CLIPS, {"clip_sample_range": 5.0}],
-                            axis("variance_type", "fixed_small_log", "learned_range"), axis("num_train_timesteps", 1000, 500)),
+    "UnCLIPScheduler": grid(axis("prediction_type", "epsilon", "sample"), axis("clip_sample_range", 0.7, 1.0, 5.0),
+                            axis("variance_type", "fixed_small_log", "learned_range"), axis("num_train_timesteps", 1000, 500))
+    + grid(axis("prediction_type", "epsilon", "sample"), CLIPS[:1], axis("num_train_timesteps", 1000, 500)),
     "DDPMWuerstchenScheduler": grid(axis("scaler", 1.0, 0.5, 2.0, 5.0), axis("s", 0.008, 0.001, 0.02, 0.05, 0.1)),
     "CogVideoXDDIMScheduler": grid(TABLES, axis("timestep_spacing", *SPACINGS), axis("snr_shift_scale", 1.0, 3.0)) + SNR
     + grid(KINDS, axis("set_alpha_to_one", True, False), CLIPS),
@@ -91,7 +92,7 @@ def trajectory(scheduler: Any, start: int = 0, doubled: bool = False, seeds: tup
         else:
             result = scheduler.step(output, t, x, **options).to_tuple()
         x = result[0]
-        samples.extend([x, *(extra / 5 for extra in result[1:])])  # near pure noise the denoised sample is the less exact
+        samples.extend([x, *(extra / 8 for extra in result[1:])])  # the denoised one has float32's rounding divided by the signal
     return [*samples, sources[0].get_state().float()] if len(seeds) == 1 else samples
 
 

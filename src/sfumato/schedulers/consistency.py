@@ -7,6 +7,7 @@ next level. The classes differ in their levels and in the boundary condition tha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +17,8 @@ from ..errors import ConfigError
 from ..outputs import BaseOutput
 from ..random import Generators, randn
 from .base import Betas, Device, SchedulerMixin, SigmaScheduler, StepResult, StepScheduler, Update, one_source, wide
-from .noise import beta_table, one_of, sigma_ramp
-from .prediction import mix, noise_coefficients
+from .noise import beta_table, given_steps, one_of, sigma_ramp
+from .prediction import denoised_coefficients, mix, noise_coefficients
 
 
 @dataclass
@@ -55,13 +56,10 @@ class ConsistencyScheduler(SchedulerMixin):
             new = mix(levels, x0, noise)
         return self._step(sample, (new, x0 if self._tells_denoised else None), return_dict)
 
-    def update(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
-        """Returns the clean sample: the consistency function."""
-        raise NotImplementedError
-
-    def _next_level(self, i: int) -> tuple[float, float] | None:
-        """Returns the factors of signal and noise at the level after position ``i``; ``None`` draws no noise."""
-        raise NotImplementedError
+    update: Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+    """Returns the clean sample, from the output, the position and the sample: the consistency function."""
+    _next_level: Callable[[int], tuple[float, float] | None]
+    """Returns the factors of signal and noise at the level after a position; ``None`` draws no noise."""
 
 
 class DistilledScheduler(StepScheduler):
@@ -90,20 +88,15 @@ class DistilledScheduler(StepScheduler):
     ) -> None:  # fmt: skip
         """Lays out a run of so many steps, or of given, descending training steps; ``timesteps`` will lie on ``device``.
 
-        Args:
-            original_inference_steps: Overrides the configuration's.
-            strength: Share of the schedule that is run, from its clean end, for image-to-image.
+        ``strength`` is the share of the schedule to run, from its clean end.
 
         Raises:
-            ValueError: Not exactly one of the two was given, the steps do not fit the training steps, or the original sampler
-                has fewer steps than the run.
+            ValueError: Not exactly one of the two was given, or the steps do not fit the training steps or the original sampler.
         """
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
         total = len(self)
         if timesteps is not None:
-            stops = np.asarray(timesteps, dtype=np.int64)
-            if not len(stops) or (np.diff(stops) >= 0).any() or stops[0] >= total or stops[-1] < 0:
-                raise ValueError(f"timesteps={list(timesteps)} must descend strictly within {total - 1}..0")
+            stops = given_steps(timesteps, total)
             self.num_inference_steps = len(stops)
             stops = stops[max(len(stops) - int(len(stops) * strength), 0) :]
         else:
@@ -143,14 +136,13 @@ class LCMScheduler(ConsistencyScheduler, DistilledScheduler):
 
 
 class TCDScheduler(DistilledScheduler):
-    """Trajectory consistency distillation (arXiv:2402.19159): jumps to any level of the trajectory, not only to its end."""
+    """Trajectory consistency distillation (arXiv:2402.19159): jumps to any level of the trajectory, not only to its end.
+
+    The jump passes no clean sample, so that nothing is clipped, whatever the configuration says.
+    """
 
     _output = TCDSchedulerOutput
     _resets_origin = True
-
-    def _build(self) -> None:
-        super()._build()
-        self._thresholds = self._clips = False  # a jump that stops on its way passes no clean sample
 
     def step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, eta: float = 0.3,
@@ -174,10 +166,10 @@ class TCDScheduler(DistilledScheduler):
         following = int([*self._times, 0][i + 1])
         here, there = self._alpha_bar[int(self._times[i])], self._alpha_bar[following]
         beyond = self._alpha_bar[int((1 - eta) * following)]
-        alpha, sigma = math.sqrt(here), math.sqrt(1 - here)
-        x0, predicted = self._denoise(output, x, alpha, sigma), mix(noise_coefficients(self._kind, alpha, sigma), x, output)
-        noised = mix((math.sqrt(beyond), math.sqrt(1 - beyond)), x0, predicted)
-        kept = there / beyond
+        levels, kept = (math.sqrt(here), math.sqrt(1 - here)), there / beyond
+        parts = denoised_coefficients(self._kind, *levels), noise_coefficients(self._kind, *levels)
+        own, of_output = (math.sqrt(beyond) * a + math.sqrt(1 - beyond) * b for a, b in zip(*parts, strict=True))
+        noised = mix((own, of_output), x, output)
         return noised if noise is None else mix((math.sqrt(kept), math.sqrt(1 - kept)), noised, noise), noised
 
 
@@ -217,9 +209,7 @@ class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
                 raise ValueError(f"num_inference_steps={count}, expected at most num_train_timesteps={total}")
             places = np.arange(count) * (total // count)
         else:
-            places = np.array(timesteps)[::-1]
-            if not len(places) or (np.diff(places) <= 0).any() or places[-1] >= total or places[0] < 0:
-                raise ValueError(f"timesteps={list(timesteps)} must descend strictly within {total - 1}..0")
+            places = given_steps(timesteps, total)[::-1]
         self.num_inference_steps = len(places)
         self._lay_out(places, device)
 
@@ -234,7 +224,7 @@ class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """Brings the sample at this timestep to unit variance."""
-        sigma = self._sigmas[self._position(timestep)]  # type: ignore[arg-type]
+        sigma = self._sigmas[self._position(timestep)]
         return sample * (1 / math.sqrt(sigma**2 + self.config["sigma_data"] ** 2))
 
     def get_scalings_for_boundary_condition(self, sigma: float) -> tuple[float, float]:
@@ -272,8 +262,8 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler):
         self.num_inference_steps = 2
         self._set_schedule(np.array([1008, 512]), device, torch.int64)
 
-    def _position(self, timestep: float | torch.Tensor) -> int:
-        return self.index_for_timestep(self._time(timestep))
+    def _position(self, timestep: float | torch.Tensor | None) -> int:
+        return self.index_for_timestep(self._time(timestep))  # type: ignore[arg-type]
 
     def _deviation(self, timestep: float | torch.Tensor | None) -> tuple[float, float, float]:
         """Returns signal, noise-to-signal ratio and total deviation of ``x / signal`` at a timestep."""

@@ -15,7 +15,7 @@ import torch
 
 from ..random import Generators, randn
 from .base import Betas, Device, StepResult, StepScheduler, Update, one_source, wide
-from .noise import one_of
+from .noise import given_steps, one_of
 from .prediction import mix, noise_coefficients, split_variance
 
 
@@ -48,10 +48,7 @@ class DDPMScheduler(StepScheduler):
             ValueError: Both or neither were given, or the steps do not fit the training steps.
         """
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
-        stops = self._stops(num_inference_steps) if timesteps is None else np.asarray(timesteps).astype(np.int64)
-        misplaced = not len(stops) or (np.diff(stops) >= 0).any() or stops[0] >= len(self) or stops[-1] < 0
-        if misplaced and timesteps is not None:
-            raise ValueError(f"timesteps={list(timesteps)} must descend strictly within {len(self) - 1}..0")
+        stops = self._stops(num_inference_steps) if timesteps is None else given_steps(timesteps, len(self))
         self.num_inference_steps = len(stops)
         self._set_schedule(stops, device, torch.int64)
         self._following = dict(pairwise([*stops.tolist(), -1]))

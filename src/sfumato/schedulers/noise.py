@@ -92,6 +92,14 @@ def integer_steps(spacing: str, count: int, steps: int, offset: int = 0, extra: 
     return np.arange(count + extra, dtype=np.float64)[::-1][:count] * (top // (count + extra)) + offset
 
 
+def given_steps(timesteps: Any, steps: int) -> np.ndarray:
+    """Returns explicit training steps as integers, or raises a ValueError unless they descend strictly within ``steps - 1``..0."""
+    stops = np.asarray(timesteps, dtype=np.int64)
+    if not len(stops) or (np.diff(stops) >= 0).any() or stops[0] >= steps or stops[-1] < 0:
+        raise ValueError(f"timesteps={list(timesteps)} must descend strictly within {steps - 1}..0")
+    return stops
+
+
 def sigma_ramp(name: str, high: float, low: float, count: int) -> np.ndarray:
     """Lays ``count`` sigmas from ``high`` down to ``low``.
 

@@ -92,12 +92,11 @@ class KarrasVeScheduler(SchedulerMixin):
         derivative: torch.Tensor | None, return_dict: bool,
     ) -> KarrasVeOutput | tuple[torch.Tensor, ...]:  # fmt: skip
         raised, following = float(raised), float(following)
-        sigma = raised if derivative is None else following
-        x0 = torch.add(at, output, alpha=sigma)
-        slope = -output
-        mean = slope if derivative is None else (slope + derivative) / 2
+        x0 = torch.add(at, output, alpha=raised if derivative is None else following)
+        first = -output if derivative is None else derivative
+        mean = first if derivative is None else (first - output) / 2
         new = torch.add(start, mean, alpha=following - raised)
-        return KarrasVeOutput(new, slope, x0) if return_dict else (new, slope)
+        return KarrasVeOutput(new, first, x0) if return_dict else (new, first)
 
 
 class ScoreSdeVeScheduler(SchedulerMixin):
@@ -160,9 +159,11 @@ class ScoreSdeVeScheduler(SchedulerMixin):
     ) -> StepResult:
         """Corrector: Langevin dynamics at one noise level (algorithm 4); the step size is that of the whole batch."""
         noise = randn(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        ratio = noise.flatten(1).norm(dim=1).mean() / model_output.flatten(1).norm(dim=1).mean()
-        size = 2 * (self.config["snr"] * ratio) ** 2
-        return self._step(sample, (sample + size * model_output + (2 * size).sqrt() * noise, None), return_dict)
+        around = tuple(range(1, sample.ndim))
+        ratio = torch.linalg.vector_norm(noise, dim=around).mean() / torch.linalg.vector_norm(model_output, dim=around).mean()
+        size = ratio * ratio * (2 * self.config["snr"] ** 2)
+        new = torch.addcmul(sample, model_output, size).addcmul_(noise, (2 * size).sqrt())
+        return self._step(sample, (new, None), return_dict)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Noises clean samples to the levels at positions ``timesteps``, ``(B,)``, of ``discrete_sigmas``."""
@@ -191,10 +192,11 @@ class ScoreSdeVpScheduler(SchedulerMixin):
     def step_pred(
         self, score: torch.Tensor, x: torch.Tensor, t: float | torch.Tensor, generator: Generators = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the next sample and the same without its fresh noise; ``score`` is that of unit variance (minus the noise)."""
+        """Returns the next sample, and the same without its fresh noise; ``score`` is the noise that the model predicts."""
         count, low, high, now = self._count(), self.config["beta_min"], self.config["beta_max"], self._time(t)
-        spread = math.sqrt(-math.expm1(-(now**2) / 2 * (high - low) - now * low))  # of the noise at this time, eq. 33
+        # Spread of the noise at this time (eq. 33), in float32, which shows near time 0, as published samples were made.
+        spread = math.sqrt(1 - float(np.exp(np.float32(-(now**2) / 2 * (high - low) - now * low))))
         beta = (low + now * (high - low)) / count
-        mean = torch.add(x, x, alpha=beta / 2).add_(score, alpha=beta / spread)
+        mean = torch.add(x, x, alpha=beta / 2).sub_(score, alpha=beta / spread)
         noise = randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return torch.add(mean, noise, alpha=math.sqrt(beta)), mean

@@ -112,13 +112,10 @@ class AmusedScheduler(SchedulerMixin):
         first, last = temperature if isinstance(temperature, (tuple, list)) else (temperature, 0.01)
         self.temperatures = torch.linspace(first, last, count, device=device)
         self._temperatures = self.temperatures.tolist()
+        done = torch.arange(1, count + 1) / count
+        # The share of tokens masked after each step, in float32 as the number of them is rounded down.
+        self._shares = torch.cos(done * math.pi / 2) if self.config["masking_schedule"] == "cosine" else 1 - done
         self._set_schedule(np.arange(count)[::-1], device, torch.int64)
-
-    def _share(self, timestep: int | torch.Tensor) -> tuple[int, float]:
-        """Returns a timestep's position, and the share of tokens masked after it."""
-        i = self._count() - 1 - int(self._time(timestep))
-        done = (i + 1) / self._count()
-        return i, math.cos(done * math.pi / 2) if self.config["masking_schedule"] == "cosine" else 1 - done
 
     def step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, starting_mask_ratio: float = 1.0,
@@ -137,9 +134,9 @@ class AmusedScheduler(SchedulerMixin):
         probabilities = logits.softmax(-1)
         unknown = tokens == self.config["mask_token_id"]
         clean = torch.where(unknown, categorical(probabilities, generator=generator), tokens)
-        (i, share), new = self._share(timestep), clean
+        i, new = self._count() - 1 - int(self._time(timestep)), clean
         if i + 1 < self._count():
-            limit = math.floor(tokens.shape[1] * share * starting_mask_ratio)
+            limit = int(starting_mask_ratio * self._shares[i] * tokens.shape[1])
             masks = unknown.sum(1, keepdim=True).sub_(1).clamp_(max=limit).clamp_(min=1)  # (B, 1)
             chosen = probabilities.gather(2, clean.unsqueeze(2)).squeeze(2).masked_fill(~unknown, torch.finfo(logits.dtype).max)
             uniform = rand(tokens.shape, generator=generator, device=tokens.device)
@@ -152,5 +149,6 @@ class AmusedScheduler(SchedulerMixin):
 
     def add_noise(self, sample: torch.Tensor, timesteps: int | torch.Tensor, generator: Generators = None) -> torch.Tensor:
         """Masks the share of tokens that is masked after the step ``timesteps``, at random places."""
-        chosen = rand(sample.shape, generator=generator, device=sample.device) < self._share(timesteps)[1]
+        share = self._shares[self._count() - 1 - int(self._time(timesteps))].item()
+        chosen = rand(sample.shape, generator=generator, device=sample.device) < share
         return sample.masked_fill(chosen, self.config["mask_token_id"])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..random import Generators, randn
-from .base import Betas, Device, LevelScheduler, StepResult, one_source, wide
+from .base import Betas, Device, LevelScheduler, StepResult, Update, one_source, wide
 from .discrete import DDIMScheduler, DDPMScheduler
 from .noise import beta_table, one_of, zero_terminal_snr
 from .prediction import mix
@@ -48,13 +48,16 @@ class DDIMParallelScheduler(DDIMScheduler):
         self, model_output: torch.Tensor, timesteps: torch.Tensor, sample: torch.Tensor, eta: float = 0.0,
         use_clipped_model_output: bool = False,
     ) -> torch.Tensor:  # fmt: skip
-        """Returns the samples of ``step`` (arXiv:2010.02502 eq. 12) without the noise that ``eta`` makes room for.
+        """Returns the samples of ``step`` (arXiv:2010.02502 eq. 12).
 
         Args:
-            model_output, sample, eta, use_clipped_model_output: See ``step``.
+            model_output, sample, use_clipped_model_output: See ``step``.
             timesteps: Training steps, ``(B,)``.
+            eta: 0, or a ValueError is raised: there is no noise.
         """
-        return _each(lambda o, t, x: self.update(o, t, x, eta, use_clipped_model_output, None)[0], model_output, timesteps, sample)
+        if eta:
+            raise ValueError(f"eta={eta} needs noise, which batch_step_no_noise adds none of: leave it at 0, or call step")
+        return _each(lambda o, t, x: self.update(o, t, x, 0.0, use_clipped_model_output, None)[0], model_output, timesteps, sample)
 
 
 class DDIMInverseScheduler(DDIMScheduler):
@@ -278,19 +281,11 @@ class CogVideoXDDIMScheduler(DDIMScheduler):
         self.alphas_cumprod = zero_terminal_snr(alpha_bar) if c["rescale_betas_zero_snr"] else alpha_bar
         return self.alphas_cumprod
 
-    def step(
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, eta: float = 0.0,
-        use_clipped_model_output: bool = False, generator: Generators = None, variance_noise: torch.Tensor | None = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
-        """Goes one step towards the clean sample; see :class:`DDIMScheduler`. Raises a ValueError unless ``eta`` is 0."""
-        _refuse_eta(eta)
-        return super().step(model_output, timestep, sample, return_dict=return_dict)
-
-
-def _refuse_eta(eta: float) -> None:
-    if eta:
-        raise ValueError(f"eta={eta} has no effect in CogVideoX's schedulers: leave it at 0, or use DDIMScheduler")
+    def update(self, output: torch.Tensor, t: int, x: torch.Tensor, eta: float, reclip: bool, noise: torch.Tensor | None) -> Update:
+        """See :class:`DDIMScheduler`; a ValueError unless ``eta`` is 0."""
+        if eta:
+            raise ValueError(f"eta={eta} is not for CogVideoX's schedulers: leave it at 0, or use DDIMScheduler")
+        return super().update(output, t, x, 0.0, reclip, None)
 
 
 class CogVideoXDPMScheduler(CogVideoXDDIMScheduler):
@@ -306,14 +301,10 @@ class CogVideoXDPMScheduler(CogVideoXDDIMScheduler):
         Args:
             model_output, timestep, sample, generator, return_dict: See :class:`SchedulerMixin`.
             old_pred_original_sample, timestep_back: Denoised sample and timestep of the last step, ``None`` in the first.
-            eta, use_clipped_model_output, variance_noise: As in other schedulers' signatures; they must be left out.
-
-        Raises:
-            ValueError: ``eta`` or ``variance_noise`` was given.
+            eta, variance_noise: Of other schedulers; a ValueError is raised where they are given.
         """
-        _refuse_eta(eta)
-        if variance_noise is not None:
-            raise ValueError("variance_noise has no effect in CogVideoX's schedulers: pass a generator")
+        if eta or variance_noise is not None:
+            raise ValueError("eta and variance_noise are not for CogVideoX's schedulers: leave them out and pass a generator")
         t, x, noise = self._training_step(timestep), wide(sample), torch.empty(0)
         alpha_bar, previous = self._move(t)
         second = old_pred_original_sample is not None and timestep_back is not None and t >= len(self) // self._count()
@@ -324,9 +315,9 @@ class CogVideoXDPMScheduler(CogVideoXDDIMScheduler):
         if second:
             before = _log_snr(self._alpha_bar[self._training_step(timestep_back)])  # type: ignore[arg-type]
             slope = torch.lerp(wide(old_pred_original_sample), x0, 1 + h / (2 * (_log_snr(alpha_bar) - before)))  # type: ignore[arg-type]
-        return self._step(sample, (self.update(slope, x, alpha_bar, previous, h, noise), x0), return_dict)
+        return self._step(sample, (self._solve(slope, x, alpha_bar, previous, h, noise), x0), return_dict)
 
-    def update(  # type: ignore[override]
+    def _solve(
         self, slope: torch.Tensor, x: torch.Tensor, alpha_bar: float, previous: float, h: float, noise: torch.Tensor
     ) -> torch.Tensor:
         """Eq. 18 of arXiv:2211.01095 (appendix A), with the (extrapolated) denoised sample as ``slope``."""
