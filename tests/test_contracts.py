@@ -16,7 +16,7 @@ import sfumato
 from sfumato import registry
 
 PACKAGE = Path(sfumato.__file__).parent
-CODE_CEILING = 7000
+CODE_CEILING = 9000
 PIPELINES = [n for n, m in registry.PUBLIC.items() if m.startswith("families.")]
 
 

@@ -165,6 +165,30 @@ def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(whole.task.module.value, parts.task.module.value)
 
 
+TWO = """
+import sys
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from test_training import toy
+toy(Path({out!r}), steps=20, ema=0.5, learning_rate=0.1).run()
+"""
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Each takes its share of a batch; the gradients are averaged."""
+    toy(tmp_path / "one", steps=20, ema=0.5, learning_rate=0.1).run()
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(here=str(Path(__file__).parent), out=str(tmp_path / "two")))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (first, _), (second, _) = newest(tmp_path / "one"), newest(tmp_path / "two")
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(second[name], first[name])
+
+
 def test_the_average_is_saved_and_measured(tmp_path: Path) -> None:
     trainer = toy(tmp_path / "a", steps=30, learning_rate=0.1, ema=0.8)
     value, average = torch.zeros((), requires_grad=True), 0.0
@@ -232,6 +256,15 @@ MODES = {
         min_snr_gamma=5.0, timesteps="logit-normal", accumulation=2, precision="bf16", scheduler={"prediction_type": "v_prediction"}
     ),
     "scaled": dict(precision="fp16", ema=0.0),
+    "flow": dict(
+        scheduler={
+            "_class_name": "DPMSolverMultistepScheduler",
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": 3.0,
+        },
+        timesteps="logit-normal",
+    ),
 }
 
 
@@ -369,6 +402,14 @@ def test_a_killed_trainer_resumes(model: Path, data: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_trainer_killed_twenty_times_resumes(model: Path, data: Path, tmp_path: Path) -> None:
     kill_and_resume(model, data, tmp_path, kills=20, steps=5)
+
+
+@pytest.mark.parametrize("package", ["accelerate", "tensorboard"])
+def test_a_missing_package_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"not installed \(.*{package}.*\): pip install 'sfumato\[train\]'"):
+        toy(tmp_path / "a", steps=2)
+    assert not (tmp_path / "a").exists()
 
 
 # --- results

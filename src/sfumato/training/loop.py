@@ -63,7 +63,7 @@ class Trainer:
         settings: How.
 
     Raises:
-        ImportError: ``accelerate`` is not installed.
+        ImportError: A package of the extra ``train`` is not installed.
         ConfigError: ``out`` holds checkpoints and ``resume`` is not set, or they were made with other settings.
     """
 
@@ -254,10 +254,8 @@ class Trainer:
 
 def open_log(folder: Path, step: int) -> Any:
     """A TensorBoard log that forgets what an interrupted run wrote after ``step``."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("the log needs tensorboard: pip install 'sfumato[train]'") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
