@@ -78,7 +78,8 @@ class ConfigMixin:
         def recording_init(self: ConfigMixin, *args: Any, **kwargs: Any) -> None:
             # The outermost constructor's arguments are the configuration; a super().__init__ inside adds nothing.
             if "_config" not in self.__dict__:
-                self.__dict__["_config"] = _bind(type(self), signature, args, kwargs)
+                kept = self.__dict__.pop("_kept_keys", {})
+                self.__dict__["_config"] = FrozenConfig({**kept, **_bind(type(self), signature, args, kwargs)})
             init(self, *args, **kwargs)
 
         cls.__init__ = recording_init  # type: ignore[method-assign, assignment]
@@ -123,13 +124,15 @@ class ConfigMixin:
         missing = [n for n, p in known.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD and n not in arguments]
         if missing:
             raise ConfigError(f"the configuration of {cls.__name__} lacks the required key(s) {', '.join(missing)}")
+        self = cls.__new__(cls)
+        # in place before the constructor runs, which may ask what kind of object the configuration comes from
+        self.__dict__["_kept_keys"] = {k: v for k, v in values.items() if k not in known and not k.startswith("_")}
         try:
-            self = cls(**arguments)
+            self.__init__(**arguments)  # type: ignore[misc]
         except TypeError as error:
             raise ConfigError(f"{cls.__name__} cannot be built: a configuration value has a wrong type ({error})") from error
-        extra = {k: v for k, v in values.items() if k not in known and not k.startswith("_")}
         still_default = [k for k in known if k not in arguments or (same_class and k in defaulted and k not in overrides)]
-        self.register_to_config(**extra, _use_default_values=still_default)
+        self.register_to_config(_use_default_values=still_default)
         return self
 
     def to_json_string(self) -> str:

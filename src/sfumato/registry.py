@@ -25,7 +25,12 @@ _MODULES: dict[str, str] = {
     "schedulers.base": "SchedulerMixin SchedulerOutput KarrasDiffusionSchedulers",
     "schedulers.discrete": "DDPMScheduler DDIMScheduler PNDMScheduler",
     "schedulers.euler": "EulerDiscreteScheduler EulerAncestralDiscreteScheduler",
-    "schedulers.dpm": "DPMSolverMultistepScheduler",
+    "schedulers.two_stage": "HeunDiscreteScheduler KDPM2DiscreteScheduler KDPM2AncestralDiscreteScheduler DPMSolverSDEScheduler",
+    "schedulers.dpm": "DPMSolverMultistepScheduler DPMSolverMultistepInverseScheduler DPMSolverSinglestepScheduler",
+    "schedulers.multistep": "DEISMultistepScheduler UniPCMultistepScheduler SASolverScheduler LMSDiscreteScheduler IPNDMScheduler",
+    "schedulers.edm": "EDMEulerScheduler EDMDPMSolverMultistepScheduler CosineDPMSolverMultistepScheduler",
+    "schedulers.flow": "FlowMatchEulerDiscreteScheduler FlowMatchHeunDiscreteScheduler FlowMatchLCMScheduler"
+    " LTXEulerAncestralRFScheduler",
     "schedulers.variants": "DDPMParallelScheduler DDIMParallelScheduler DDIMInverseScheduler RePaintScheduler UnCLIPScheduler"
     " DDPMWuerstchenScheduler CogVideoXDDIMScheduler CogVideoXDPMScheduler",
     "schedulers.consistency": "LCMScheduler TCDScheduler CMStochasticIterativeScheduler ConsistencyDecoderScheduler SCMScheduler"

@@ -1,11 +1,15 @@
-"""Sampling algorithms."""
+"""Sampling algorithms; ``registry.py`` says which class lies in which module. Names load on first use."""
 
-from .base import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
-from .discrete import DDIMScheduler, DDPMScheduler, PNDMScheduler
-from .dpm import DPMSolverMultistepScheduler
-from .euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from __future__ import annotations
 
-__all__ = [
-    "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
-    "KarrasDiffusionSchedulers", "PNDMScheduler", "SchedulerMixin", "SchedulerOutput",
-]  # fmt: skip
+from typing import Any
+
+from .. import registry
+
+__all__ = sorted(name for name, module in registry.PUBLIC.items() if module.startswith("schedulers."))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"sfumato.schedulers has no {name!r}")
+    return registry.load(name)

@@ -22,7 +22,7 @@ import torch
 from ..config import ConfigMixin, read_json
 from ..errors import ConfigError
 from ..outputs import BaseOutput
-from .noise import beta_table, integer_steps, one_of, rescale_zero_terminal_snr
+from .noise import beta_table, integer_steps, one_of, rescale_zero_terminal_snr, shift_flow_sigmas, sigma_ramp
 from .prediction import denoised_coefficients, dynamic_threshold, mix
 
 Betas = np.ndarray | list[float] | None
@@ -137,7 +137,8 @@ class SchedulerMixin(ConfigMixin):
         """Classes that can take this scheduler's configuration through ``from_config``."""
         from .. import schedulers
 
-        return [getattr(schedulers, s.name) for s in KarrasDiffusionSchedulers if hasattr(schedulers, s.name)]
+        names = dict.fromkeys([type(self).__name__, *(s.name for s in KarrasDiffusionSchedulers)])
+        return [getattr(schedulers, name) for name in names]
 
     def fresh(self: _S) -> _S:
         """Returns an independent copy with the same schedule and no run state (index, history). Tables are shared."""
@@ -169,13 +170,19 @@ class SchedulerMixin(ConfigMixin):
         shown = ", ".join([*(f"{t:g}" for t in self._times[:4]), "..."][: len(self._times)])
         return ValueError(f"timestep={timestep:g} is not in the schedule: pass one of scheduler.timesteps ({shown})")
 
-    def _position(self, timestep: float | torch.Tensor) -> int:
+    def _position(self, timestep: float | torch.Tensor | None) -> int:
         """Returns the position of this step. Only the first step of a run may wait for the device, to read the timestep."""
         if self.step_index is None:
-            self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
+            if timestep is None:
+                raise ValueError("timestep=None in a run's first step: pass an element of scheduler.timesteps")
+            self.step_index = self._begin(timestep)
         if self.step_index >= len(self._times):
             raise ValueError(f"the schedule of {len(self._times)} steps is at its end: call set_timesteps before the next run")
         return self.step_index
+
+    def _begin(self, timestep: float | torch.Tensor) -> int:
+        """Returns the position of a run's first step."""
+        return self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
 
     def _time(self, timestep: float | torch.Tensor) -> float:
         """Returns the timestep as a number; to read an element of ``timesteps``, or a view of it, does not wait for the device."""
@@ -227,8 +234,10 @@ class SchedulerMixin(ConfigMixin):
         """Moves on by one position and wraps the solver's ``(next sample, denoised sample or None)``."""
         if self.step_index is not None:
             self.step_index += 1
-        result = type(self)._output(new[0].to(sample.dtype), new[1])
-        return result if return_dict else result.to_tuple()
+        there = new[0].to(sample.dtype)
+        if return_dict:
+            return type(self)._output(there, new[1])
+        return (there,) if new[1] is None else (there, new[1])
 
 
 class LevelScheduler(SchedulerMixin):
@@ -238,16 +247,22 @@ class LevelScheduler(SchedulerMixin):
 
     def _build(self) -> None:
         """Reads what is common of the configuration. Subclasses build their tables here."""
-        self._kind, self._range = self._own("prediction_type", "epsilon"), self._own("clip_sample_range", 1.0)
+        self._kind: str = self._own("prediction_type", self.predictions[0])
         one_of("prediction_type", self._kind, *self.predictions)
         self._thresholds, self._clips = self._own("thresholding", False), self._own("clip_sample", False)
+        self._range = self._own("clip_sample_range", 1.0)  # RePaint clips without having the key
 
     def _denoise(self, output: torch.Tensor, x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
         """Returns the denoised sample of ``x = alpha * x0 + sigma * noise``, bounded as the configuration says."""
-        x0 = mix(denoised_coefficients(self._kind, alpha, sigma), x, output)
+        c = self.config
+        x0 = mix(self._coefficients(alpha, sigma), x, output)
         if self._thresholds:
-            return dynamic_threshold(x0, self.config["dynamic_thresholding_ratio"], self.config["sample_max_value"])
+            return dynamic_threshold(x0, c["dynamic_thresholding_ratio"], c["sample_max_value"])
         return x0.clamp(-self._range, self._range) if self._clips else x0
+
+    def _coefficients(self, alpha: float, sigma: float) -> tuple[float, float]:
+        """Returns ``(a, b)`` with ``x0 = a * x + b * output``."""
+        return denoised_coefficients(self._kind, alpha, sigma)
 
     def _levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the factors of signal and noise at ``timesteps``, all ``(B,)``."""
@@ -324,30 +339,70 @@ class SigmaScheduler(LevelScheduler):
     """
 
     sigmas: torch.Tensor
+    _shift = 1.0  # static shift of a flow's levels
+    _flow = False  # whether samples are mixtures (1 - sigma) * x0 + sigma * noise (arXiv:2210.02747)
 
     def _build(self) -> None:
         super()._build()
-        one_of("timestep_spacing", self.config["timestep_spacing"], "linspace", "leading", "trailing")
+        one_of("timestep_spacing", self._own("timestep_spacing", "linspace"), "linspace", "leading", "trailing")
         one_of("final_sigmas_type", self._own("final_sigmas_type", "zero"), "zero", "sigma_min")
-        ramps = [name for name in ("karras", "exponential", "beta") if self._own(f"use_{name}_sigmas", False)]
-        if len(ramps) > 1:
-            raise ConfigError(f"use_{ramps[0]}_sigmas and use_{ramps[1]}_sigmas exclude each other: set only one of them to True")
-        self._ramp = ramps[0] if ramps else None
+        self._ramp = self._read_ramp()
         alpha_bar = self._alpha_bar_table(floor=2.0**-24)  # zero signal, too, needs a finite sigma: 4096
         self._table = ((1 - alpha_bar) / alpha_bar).sqrt().numpy()  # float32 (training steps,), ascending
         self._bounds = float(self._table[-1]), float(self._table[0])
         self._final_sigma = self._bounds[1] if self._own("final_sigmas_type", "zero") == "sigma_min" else 0.0
         self._set_levels(np.append(self._table[::-1], 0.0), np.arange(len(self._table))[::-1], None, torch.float32)
 
+    def _read_ramp(self) -> str | None:
+        """Returns the spacing of sigmas that the configuration asks for; a ConfigError if it asks for several."""
+        ramps = [name for name in ("karras", "exponential", "beta") if self._own(f"use_{name}_sigmas", False)]
+        if len(ramps) > 1:
+            raise ConfigError(f"use_{ramps[0]}_sigmas and use_{ramps[1]}_sigmas exclude each other: set only one of them to True")
+        return ramps[0] if ramps else None
+
     def _set_levels(self, sigmas: np.ndarray, timesteps: np.ndarray, device: Device, dtype: torch.dtype) -> None:
         """Takes over the levels of a run, the level it ends at included, and its timesteps."""
-        self.sigmas = torch.from_numpy(sigmas).float()
+        self.sigmas = torch.from_numpy(np.ascontiguousarray(sigmas)).float()
         self._sigmas = self.sigmas.tolist()
         self._set_schedule(timesteps, device, dtype)
 
     def _sigmas_at(self, stops: np.ndarray) -> np.ndarray:
         """Returns the table's sigmas at fractional training steps."""
         return np.interp(stops, np.arange(len(self._table)), self._table)
+
+    def _flow_levels(
+        self, count: int | None, timesteps: Any = None, sigmas: Any = None, mu: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a flow's noise levels, the last included, and its timesteps: the levels times the number of training steps.
+
+        Levels even in time, or given ones, are shifted (arXiv:2403.03206 eq. 23) by the configuration's ``shift``, or by ``mu``
+        (a logarithm, unless ``time_shift_type`` is linear) with ``use_dynamic_shifting``, stretched to end at
+        ``shift_terminal``, and spaced anew between their ends if a spacing of sigmas is configured.
+        """
+        c, total = self.config, len(self)
+        dynamic, shift = c.get("use_dynamic_shifting", False), self._shift
+        if mu is not None:
+            shift = mu if c.get("time_shift_type") == "linear" else math.exp(mu)
+        elif dynamic and "flow_shift" not in c:
+            raise ValueError("use_dynamic_shifting=True needs mu, the logarithm of the shift for this picture's size")
+        if sigmas is not None:
+            levels = np.asarray(sigmas, dtype=np.float64)
+        elif timesteps is not None:
+            levels = np.asarray(timesteps, dtype=np.float64) / total
+        else:
+            # The table's own end is shifted already, and is shifted again, as released models expect.
+            end = 1 / total if dynamic else float(shift_flow_sigmas(np.float64(1 / total), shift))
+            levels = np.linspace(1.0, end, self._check_count(count))
+        levels = shift_flow_sigmas(levels, shift)
+        if terminal := c.get("shift_terminal"):
+            levels = 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
+        if self._ramp:
+            levels = sigma_ramp(self._ramp, levels[0], levels[-1], len(levels))
+        times = levels * total if timesteps is None else np.asarray(timesteps, dtype=np.float64)
+        self.num_inference_steps = len(levels)
+        if c.get("invert_sigmas"):
+            return np.append(1 - levels, 1.0), (1 - levels) * total
+        return np.append(levels, 0.0), times
 
     def _levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         begun = self.begin_index if self.step_index is None else self.step_index
@@ -356,8 +411,8 @@ class SigmaScheduler(LevelScheduler):
         return factors[:, 0], factors[:, 1]
 
     def _signal_noise(self, sigma: float) -> tuple[float, float]:
-        """Returns the factors of signal and noise at a level, here in variance-exploding form."""
-        return 1.0, sigma
+        """Returns the factors of signal and noise at a level, variance-exploding or of a flow."""
+        return 1 - sigma if self._flow else 1.0, sigma
 
 
 def one_source(**sources: object) -> None:

@@ -1,13 +1,16 @@
-"""Exponential integrators in half log signal-to-noise: DPM-Solver (arXiv:2206.00927) and DPM-Solver++ (arXiv:2211.01095).
+"""Exponential integrators in half log signal-to-noise: DPM-Solver (arXiv:2206.00927), DPM-Solver++ (arXiv:2211.01095) and kin.
 
 Samples are in the form ``x = alpha * x0 + sigma * noise``, variance-preserving or, for flow models, ``alpha = 1 - sigma``.
-With ``lambda = log(alpha / sigma)`` the linear part of the flow is solved exactly, and the network's outputs at the last
-levels are extrapolated by a polynomial in ``lambda``.
+With ``lambda = log(alpha / sigma)`` the linear part of the flow is solved exactly, and a polynomial in ``lambda`` through the
+network's outputs at several levels is integrated against the exponential that is left. All solvers here, DEIS, UniPC and
+SA-Solver differ in which levels those are and in who evaluates them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,20 +18,47 @@ import torch
 from ..errors import ConfigError
 from ..random import Generators, randn
 from .base import Betas, Device, SigmaScheduler, StepResult, one_source, wide
-from .noise import integer_steps, one_of, shift_flow_sigmas, sigma_ramp, sigmas_to_steps
-from .prediction import mix, noise_coefficients, split_variance
+from .noise import integer_steps, one_of, sigma_ramp, sigmas_to_steps
+from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance
 
 
 class LogSnrScheduler(SigmaScheduler):
     """Base of the solvers in half log signal-to-noise.
 
-    Their configuration holds ``use_flow_sigmas``; a run's levels are ``sigma / alpha``, or ``sigma`` itself for flow models.
+    Configuration keys of several of them:
+        solver_order: Order of the solver, 1 to 3. Guided sampling is best with 2.
+        lower_order_final: Lower the order in the last steps of short runs.
+        use_flow_sigmas, flow_shift: The model is a flow; its levels are uniform, moved by the shift (arXiv:2403.03206 eq. 23).
+        use_dynamic_shifting: Let ``set_timesteps`` take the logarithm of the flow shift, ``mu``.
+        time_shift_type: ``exponential``.
+        use_lu_lambdas: Space the levels uniformly in ``lambda``.
+        lambda_min_clipped: Leave out levels with smaller ``lambda`` (cosine tables reach minus infinity).
+
+    A configuration that comes from a flow model's scheduler makes them solvers of that flow.
     """
 
-    predictions = ("epsilon", "sample", "v_prediction", "flow_prediction")
+    predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction", "flow_prediction")
+    _on_denoised = True  # extrapolate the denoised sample, else the noise
+
+    def _build(self) -> None:
+        c = self.config
+        from_flow = "shift" in c and "use_flow_sigmas" in c["_use_default_values"]
+        super()._build()
+        one_of("time_shift_type", self._own("time_shift_type", "exponential"), "exponential")
+        self._flow = from_flow or bool(self._own("use_flow_sigmas", False))
+        if from_flow:
+            self._kind = "flow_prediction"
+        elif self._kind == "flow_prediction" and not self._flow:
+            raise ConfigError("prediction_type='flow_prediction' needs the levels of a flow: set use_flow_sigmas=True")
+        self._shift = c["shift"] if from_flow else self._own("flow_shift", 1.0)
+        self._ramp = self._ramp or ("lu" if self._own("use_lu_lambdas", False) else None)
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._history: list[torch.Tensor] = []  # what is extrapolated, the latest first
 
     def _signal_noise(self, sigma: float) -> tuple[float, float]:
-        if self.config["use_flow_sigmas"]:
+        if self._flow:
             return 1 - sigma, sigma
         alpha = 1 / math.sqrt(sigma**2 + 1)
         return alpha, sigma * alpha
@@ -38,23 +68,113 @@ class LogSnrScheduler(SigmaScheduler):
         alpha, sigma = self._signal_noise(self._sigmas[i])
         return math.log(alpha) - math.log(sigma) if sigma > 0 else math.inf
 
+    def _lay_out(
+        self, device: Device, count: int | None, timesteps: Any = None, sigmas: Any = None, mu: float | None = None
+    ) -> None:  # fmt: skip
+        """Lays out a run of so many steps, of given training steps, or of a flow's given sigmas."""
+        if mu is not None and not self.config.get("use_dynamic_shifting"):
+            raise ValueError(f"mu={mu} needs a scheduler with use_dynamic_shifting=True")
+        if timesteps is not None and (self._ramp or self._flow):
+            raise ValueError(f"timesteps cannot be set with the {self._ramp or 'flow'!r} spacing: pass num_inference_steps")
+        if sigmas is not None and not self._flow:
+            raise ValueError("sigmas can be set for flow models only: set use_flow_sigmas=True, or pass num_inference_steps")
+        stops = self._stops(count, timesteps) if sigmas is None else np.asarray(sigmas, dtype=np.float64)
+        levels, stops = self._levels_at(stops, sigmas is not None, mu)
+        self.num_inference_steps = len(stops)
+        self._set_levels(np.append(levels, self._end(levels)), stops, device, torch.int64)
+
+    def _stops(self, count: int | None, timesteps: Any = None) -> np.ndarray:
+        """Returns the whole training steps of a run, descending."""
+        if timesteps is not None:
+            return np.array(timesteps).astype(np.int64)
+        spacing, offset = self._own("timestep_spacing", "linspace"), self._own("steps_offset", 0)
+        stops = integer_steps(spacing, self._check_count(count), len(self), offset, extra=1, top=self._top())
+        return stops.round().astype(np.int64)
+
+    def _top(self) -> int:
+        """Returns how many training steps are within ``lambda_min_clipped``: lambda falls along the table."""
+        return int((-np.log(self._table) >= self._own("lambda_min_clipped", -math.inf)).sum())
+
+    def _levels_at(self, stops: np.ndarray, given: bool, mu: float | None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a run's noise levels, without the last, and its whole training steps; ``stops`` may be a flow's given levels."""
+        if self._flow and not self._ramp:
+            even = stops if given else self._even_flow(len(stops))
+            levels = self._flow_levels(None, sigmas=even, mu=mu)[0][:-1]
+            return levels, (levels * len(self)).astype(np.int64)
+        if self._ramp is None:
+            return self._sigmas_at(stops), stops
+        low, high = self._own("sigma_min", None), self._own("sigma_max", None)
+        ends = self._bounds[0] if high is None else high, self._bounds[1] if low is None else low
+        # Levels uniform in lambda are uniform in log sigma as well (arXiv:2206.00927 section 3.4), on this table.
+        levels = sigma_ramp("exponential" if self._ramp == "lu" else self._ramp, *ends, len(stops))
+        steps = sigmas_to_steps(levels, self._table)
+        rounded = self._ramp in ("karras", "lu") and self.config["beta_schedule"] != "squaredcos_cap_v2"  # else cut off, as trained
+        return levels, (steps.round() if rounded else steps).astype(np.int64)
+
+    def _even_flow(self, count: int) -> np.ndarray:
+        """Returns a flow's levels before any shift."""
+        return 1 - np.linspace(1.0, 1 / len(self), count + 1)[:0:-1]
+
+    def _end(self, levels: np.ndarray) -> float:
+        """Returns the level that a run ends at."""
+        return float(levels[-1]) if self._flow and not self._ramp and self._final_sigma else self._final_sigma
+
+    def _convert(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
+        """Returns what the solver extrapolates: the denoised sample, or the noise."""
+        if output.shape[1] != x.shape[1]:
+            output = split_variance(output, x.shape[1], self._own("variance_type", None))[0]
+        alpha, sigma = self._signal_noise(self._sigmas[i])
+        if not self._on_denoised and not self._thresholds:
+            return mix(noise_coefficients(self._kind, alpha, sigma), x, output)
+        x0 = self._denoise(output, x, alpha, sigma)
+        return x0 if self._on_denoised else mix(noise_coefficients("sample", alpha, sigma), x, x0)
+
+    def _moments(self, gain: float, z: float, count: int, tau2: float) -> list[float]:
+        """Returns ``gain * z`` times the integrals over 0..1 of ``exp(z * (1 - r)) * r**k`` for ``k`` below ``count``.
+
+        They are the phi functions of exponential integrators (arXiv:2206.00927 appendix B); solvers that published samples
+        were made with replace some of them.
+        """
+        moments = [gain * math.expm1(z)]
+        for k in range(1, count):
+            moments.append(k * moments[-1] / z - gain)
+        return moments
+
+    def _transfer(
+        self, x: torch.Tensor, start: int, to: int, places: Sequence[int], outputs: Sequence[torch.Tensor],
+        noise: torch.Tensor | None = None, tau2: float = 0.0,
+    ) -> torch.Tensor:  # fmt: skip
+        """Moves ``x`` between two positions of the run along the polynomial through ``outputs`` at ``places``.
+
+        arXiv:2211.01095 eqs. 9 and 14, with noise of strength ``tau`` arXiv:2309.05019 eqs. 13 and 14 (1 is their SDE): with ``h``
+        the step in lambda, ``z`` is ``-(1 + tau**2) * h`` for the denoised sample and ``h`` for the noise.
+        """
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = self._signal_noise(self._sigmas[start]), self._signal_noise(self._sigmas[to])
+        base = self._log_snr(start)
+        h = self._log_snr(to) - base
+        if h == 0:  # a spacing that already ends at the table's smallest level, with final_sigmas_type="sigma_min"
+            return x
+        damped = tau2 * h if tau2 else 0.0
+        if self._on_denoised:
+            keep, gain, z, fresh = sigma_t / sigma_s * math.exp(-damped), -alpha_t, -h - damped, -math.expm1(-2 * damped)
+        else:
+            keep, gain, z, fresh = alpha_t / alpha_s, -sigma_t * (1 + tau2), h, tau2 * math.expm1(2 * h)
+        nodes = [0.0 if place == start else (self._log_snr(place) - base) / h for place in places]
+        weights = polynomial_weights(nodes, self._moments(gain, z, len(nodes), tau2))
+        new = blend((keep, *weights), (x, *outputs))
+        return new if noise is None else new.add_(noise, alpha=sigma_t * math.sqrt(fresh))
+
 
 class DPMSolverMultistepScheduler(LogSnrScheduler):
     """Multistep DPM-Solver and DPM-Solver++, as ODE or SDE, of order 1 to 3.
 
     Args:
-        solver_order: 1 to 3; higher counts as 3. Guided sampling is best with 2.
         algorithm_type: ``dpmsolver++`` (extrapolates the denoised sample), ``dpmsolver`` (the noise), or either with ``sde-``.
         solver_type: ``midpoint`` or ``heun``, the form of the second-order step.
-        lower_order_final: Lower the order in the last steps of runs below 15 steps.
         euler_at_final: Take the last step at first order.
-        use_lu_lambdas: Space the levels uniformly in ``lambda``.
-        use_flow_sigmas: The model is a flow; its levels are uniform, moved by ``flow_shift``.
-        flow_shift: See :func:`sfumato.schedulers.noise.shift_flow_sigmas`.
-        lambda_min_clipped: Leave out levels with smaller ``lambda`` (cosine tables reach minus infinity).
-        use_dynamic_shifting: Let ``set_timesteps`` take the logarithm of the flow shift, ``mu``.
-        time_shift_type: ``exponential``.
     """
+
+    _algorithms: tuple[str, ...] = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
 
     def __init__(
         self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
@@ -67,72 +187,40 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
         timestep_spacing: str = "linspace", steps_offset: int = 0, rescale_betas_zero_snr: bool = False,
         use_dynamic_shifting: bool = False, time_shift_type: str = "exponential",
     ) -> None:  # fmt: skip
-        # Names that related solvers have for what this one calls otherwise.
-        algorithm_type = "dpmsolver++" if algorithm_type == "deis" else algorithm_type
-        solver_type = "midpoint" if solver_type in ("logrho", "bh1", "bh2") else solver_type
-        self.register_to_config(algorithm_type=algorithm_type, solver_type=solver_type)
-        one_of("algorithm_type", algorithm_type, "dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
-        one_of("solver_type", solver_type, "midpoint", "heun")
-        one_of("time_shift_type", time_shift_type, "exponential")
-        self._on_denoised, self._stochastic = algorithm_type.endswith("++"), algorithm_type.startswith("sde")
-        if not self._on_denoised and final_sigmas_type == "zero":
-            raise ConfigError(f"algorithm_type={algorithm_type!r} cannot end at zero noise: set final_sigmas_type='sigma_min'")
-        if not 1 <= solver_order <= (2 if algorithm_type == "sde-dpmsolver" else math.inf):
-            raise ConfigError(
-                f"algorithm_type={algorithm_type!r} has no solver_order={solver_order}: choose 1 or 2 (or 3, if not sde-dpmsolver)"
-            )
-        if prediction_type == "flow_prediction" and not use_flow_sigmas:
-            raise ConfigError("prediction_type='flow_prediction' needs the levels of a flow: set use_flow_sigmas=True")
         self._build()
-        self._ramp = self._ramp or ("lu" if use_lu_lambdas else "flow" if use_flow_sigmas else None)
-        if use_flow_sigmas and self._ramp != "flow":
-            raise ConfigError(f"use_flow_sigmas excludes the {self._ramp!r} spacing, whose levels exceed 1: set only one of them")
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._history: list[torch.Tensor] = []
+    def _build(self) -> None:
+        self._read_solver()
+        super()._build()
+
+    def _read_solver(self) -> None:
+        # Names that related solvers have for what this one calls otherwise.
+        c, algorithm, kind = self.config, self.config["algorithm_type"], self.config["solver_type"]
+        algorithm = "dpmsolver++" if algorithm == "deis" else algorithm
+        kind = "midpoint" if kind in ("logrho", "bh1", "bh2") else kind
+        self.register_to_config(algorithm_type=algorithm, solver_type=kind)
+        one_of("algorithm_type", algorithm, *self._algorithms)
+        one_of("solver_type", kind, "midpoint", "heun")
+        self._on_denoised, self._tau2 = algorithm.endswith("++"), float(algorithm.startswith("sde"))
+        if not self._on_denoised and self._own("final_sigmas_type", None) == "zero":
+            raise ConfigError(f"algorithm_type={algorithm!r} cannot end at zero noise: set final_sigmas_type='sigma_min'")
+        if not 1 <= c["solver_order"] <= (2 if algorithm == "sde-dpmsolver" else math.inf):
+            orders = "choose 1 or 2 (or 3, if not sde-dpmsolver)"
+            raise ConfigError(f"algorithm_type={algorithm!r} has no solver_order={c['solver_order']}: {orders}")
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, mu: float | None = None,
-        timesteps: list[int] | None = None,
+        timesteps: list[int] | None = None, *, sigmas: list[float] | None = None,
     ) -> None:  # fmt: skip
-        """Lays out a run of so many steps, or of given, whole training steps; ``timesteps`` will lie on ``device``.
+        """Lays out a run of so many steps, of given, whole training steps, or of a flow's given levels.
 
-        ``mu`` is the logarithm of the flow shift, if the configuration says ``use_dynamic_shifting``.
+        ``timesteps`` will lie on ``device``; ``mu`` is the logarithm of the flow shift, with ``use_dynamic_shifting``.
 
         Raises:
-            ValueError: Not exactly one of the number and ``timesteps`` was given, or an argument does not fit the configuration.
+            ValueError: Not exactly one of the three was given, or an argument does not fit the configuration.
         """
-        c = self.config
-        one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
-        if mu is not None and not c["use_dynamic_shifting"]:
-            raise ValueError(f"mu={mu} needs a scheduler with use_dynamic_shifting=True")
-        if timesteps is not None and self._ramp:
-            raise ValueError(f"timesteps cannot be set with the {self._ramp!r} spacing of sigmas: pass num_inference_steps")
-        if timesteps is None:
-            # Steps with lambda below the bound are left out: lambda falls along the table.
-            top = int((-np.log(self._table) >= c["lambda_min_clipped"]).sum())
-            count = self._check_count(num_inference_steps)
-            stops = integer_steps(c["timestep_spacing"], count, len(self), c["steps_offset"], extra=1, top=top).round()
-        else:
-            stops = np.array(timesteps)
-        levels, stops = self._levels_at(stops.astype(np.int64), c["flow_shift"] if mu is None else math.exp(mu))
-        self.num_inference_steps = len(stops)
-        self._set_levels(np.append(levels, self._final_sigma), stops, device, torch.int64)
-
-    def _levels_at(self, stops: np.ndarray, flow_shift: float) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a run's noise levels, without the last, and its whole training steps."""
-        if self._ramp is None:
-            return self._sigmas_at(stops), stops
-        if self._ramp == "flow":
-            uniform = np.linspace(1.0, 1 / len(self), len(stops) + 1)
-            levels = shift_flow_sigmas(1 - uniform, flow_shift)[:0:-1]
-            return levels, (levels * len(self)).astype(np.int64)
-        # Levels uniform in lambda are uniform in log sigma as well (arXiv:2206.00927 section 3.4), on this table.
-        levels = sigma_ramp("exponential" if self._ramp == "lu" else self._ramp, *self._bounds, len(stops))
-        steps = sigmas_to_steps(levels, self._table)
-        rounded = self._ramp in ("karras", "lu") and self.config["beta_schedule"] != "squaredcos_cap_v2"  # else cut off, as trained
-        return levels, (steps.round() if rounded else steps).astype(np.int64)
+        one_source(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+        self._lay_out(device, num_inference_steps, timesteps, sigmas, mu)
 
     def step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
@@ -144,59 +232,130 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
             ValueError: ``set_timesteps`` was not called, or the timestep is not in the schedule.
         """
         count, i = self._count(), self._position(timestep)
-        x, noise = wide(sample), variance_noise if self._stochastic else None
-        if self._stochastic and noise is None:
-            noise = randn(model_output.shape, generator=generator, device=x.device, dtype=torch.float32)
-        output = split_variance(model_output, sample.shape[1], self.config["variance_type"])[0]
-        self._history = [self._convert(output, i, x), *self._history[:2]]
-        return self._step(sample, (self.update(i, x, self._order_at(i, count), noise), None), return_dict)
+        x, noise = wide(sample), variance_noise if self._tau2 else None
+        if self._tau2 and noise is None:
+            noise = randn(sample.shape, generator=generator, device=x.device, dtype=torch.float32)
+        return self._step(sample, (self.update(model_output, i, x, count, noise), None), return_dict)
 
-    def _convert(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
-        """Returns what the solver extrapolates: the denoised sample, or the noise."""
-        alpha, sigma = self._signal_noise(self._sigmas[i])
-        if not self._on_denoised and not self._thresholds:
-            return mix(noise_coefficients(self.config["prediction_type"], alpha, sigma), x, output)
-        x0 = self._denoise(output, x, alpha, sigma)
-        return x0 if self._on_denoised else mix(noise_coefficients("sample", alpha, sigma), x, x0)
+    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, count: int, noise: torch.Tensor | None) -> torch.Tensor:
+        """Integrates the polynomial through the last outputs."""
+        self._history = [self._convert(output, i, x), *self._history[:2]]
+        order = self._order_at(i, count)
+        return self._transfer(x, i, i + 1, range(i, i - order, -1), self._history[:order], noise, self._tau2)
 
     def _order_at(self, i: int, count: int) -> int:
         """Returns the order of a step: as many outputs as there are, fewer at the end of short runs."""
         c, left = self.config, count - i
         lowered = c["lower_order_final"] and count < 15
-        if left == 1 and (c["euler_at_final"] or lowered or c["final_sigmas_type"] == "zero"):
+        if left == 1 and (self._own("euler_at_final", False) or lowered or not self._sigmas[-1]):
             return 1
         return min(len(self._history), c["solver_order"], left if lowered and left == 2 else 3)
 
-    def update(self, i: int, x: torch.Tensor, order: int, noise: torch.Tensor | None) -> torch.Tensor:
-        """Integrates the polynomial through the last ``order`` outputs exactly (arXiv:2211.01095 eqs. 9 and 14, appendix A).
+    def _moments(self, gain: float, z: float, count: int, tau2: float) -> list[float]:
+        moments = super()._moments(gain, z, count, tau2)
+        if count == 2 and self.config["solver_type"] == "midpoint":
+            moments[1] = moments[0] / 2
+        if count == 3:
+            # The published solver's quadratic term is half of the exact one, and as an SDE has another sign inside.
+            moments[2] = moments[2] / 2 + (gain if tau2 else 0.0)
+        return moments
 
-        With ``z = -h`` for the denoised sample and ``z = h`` for the noise (``h`` the step in lambda, doubled where fresh noise
-        is put back), outputs and their divided differences weigh in with ``expm1(z)`` and its Taylor remainders.
-        """
-        (alpha_s, sigma_s), (alpha_t, sigma_t) = self._signal_noise(self._sigmas[i]), self._signal_noise(self._sigmas[i + 1])
-        now, h = self._log_snr(i), self._log_snr(i + 1) - self._log_snr(i)
-        if h == 0:  # a spacing that already ends at the table's smallest level, with final_sigmas_type="sigma_min"
-            return x
-        if self._on_denoised:
-            keep, gain, z, fresh = sigma_t / sigma_s, -alpha_t, -h, -math.expm1(-2 * h)
-            if self._stochastic:
-                keep, z = keep * math.exp(-h), -2 * h
+
+class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
+    """Multistep DPM-Solver run backwards, from a clean sample to the noise that leads to it (DiffEdit, arXiv:2210.11427)."""
+
+    _algorithms = ("dpmsolver", "dpmsolver++")
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
+        trained_betas: Betas = None, solver_order: int = 2, prediction_type: str = "epsilon", thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0, algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint", lower_order_final: bool = True, euler_at_final: bool = False,
+        use_karras_sigmas: bool | None = False, use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False,
+        use_flow_sigmas: bool | None = False, flow_shift: float | None = 1.0, lambda_min_clipped: float = -math.inf,
+        variance_type: str | None = None, timestep_spacing: str = "linspace", steps_offset: int = 0,
+    ) -> None:  # fmt: skip
+        self._build()
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:  # type: ignore[override]
+        """Lays out a run of so many steps, with ``timesteps``, ascending, on ``device``."""
+        self._lay_out(device, num_inference_steps)
+
+    def _stops(self, count: int | None, timesteps: Any = None) -> np.ndarray:
+        c, top = self.config, self._top()
+        self._noisiest = float(self._table[top - 1])
+        if c["timestep_spacing"] == "trailing":
+            stops = integer_steps("trailing", self._check_count(count), len(self), top=top)
         else:
-            keep, gain, z, fresh = alpha_t / alpha_s, -sigma_t * (2 if self._stochastic else 1), h, math.expm1(2 * h)
-        first = gain * math.expm1(z)
-        weights = [first]
-        if order > 1:
-            slope = gain * (math.expm1(z) / z - 1) if order == 3 or self.config["solver_type"] == "heun" else first / 2
-            r0 = (now - self._log_snr(i - 1)) / h
-            weights = [first + slope / r0, -slope / r0]
-            if order == 3:
-                r1 = (self._log_snr(i - 1) - self._log_snr(i - 2)) / h
-                # As an SDE the quadratic term keeps the sign that published samples were made with: it costs the third order.
-                taylor = 0.5 if noise is None else -0.5
-                bend = (slope * r0 + gain * ((math.expm1(z) - z) / z**2 - taylor)) / (r0 + r1)
-                near, far = (slope + bend) / r0, bend / r1
-                weights = [first + near, -near - far, far]
-        new = x * keep
-        for weight, output in zip(weights, self._history, strict=False):
-            new.add_(output, alpha=weight)
-        return new if noise is None else new.add_(noise, alpha=sigma_t * math.sqrt(fresh))
+            stops = integer_steps(c["timestep_spacing"], self._check_count(count) + 1, len(self), c["steps_offset"], top=top)[1:]
+        return stops[::-1].round().astype(np.int64)
+
+    def _levels_at(self, stops: np.ndarray, given: bool, mu: float | None) -> tuple[np.ndarray, np.ndarray]:
+        levels, steps = super()._levels_at(stops, given, mu)
+        return (levels[::-1], steps[::-1]) if levels[0] > levels[-1] else (levels, steps)
+
+    def _end(self, levels: np.ndarray) -> float:
+        return float(levels[-1]) if self._flow and not self._ramp else self._noisiest
+
+
+class DPMSolverSinglestepScheduler(DPMSolverMultistepScheduler):
+    """Singlestep DPM-Solver and DPM-Solver++: each step sets out anew and spends as many evaluations as its order.
+
+    The schedule is a sequence of such evaluations, so a run of so many steps costs so many evaluations.
+    """
+
+    _algorithms = ("dpmsolver", "dpmsolver++", "sde-dpmsolver++")
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
+        trained_betas: Betas = None, solver_order: int = 2, prediction_type: str = "epsilon", thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0, algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint", lower_order_final: bool = False, use_karras_sigmas: bool | None = False,
+        use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False, use_flow_sigmas: bool | None = False,
+        flow_shift: float | None = 1.0, final_sigmas_type: str | None = "zero", lambda_min_clipped: float = -math.inf,
+        variance_type: str | None = None, use_dynamic_shifting: bool = False, time_shift_type: str = "exponential",
+    ) -> None:  # fmt: skip
+        one_of("solver_order", solver_order, 1, 2, 3)
+        self._build()
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._base: torch.Tensor | None = None  # sample that the current step set out from
+
+    def _stops(self, count: int | None, timesteps: Any = None) -> np.ndarray:
+        stops = super()._stops(count, timesteps)
+        self.order_list = self.get_order_list(len(stops))
+        return stops
+
+    def get_order_list(self, num_inference_steps: int) -> list[int]:
+        """Returns how many outputs each evaluation uses: 1 to the order, over and over, lowered at the end."""
+        order, to_zero = self.config["solver_order"], self.config["final_sigmas_type"] == "zero"
+        orders = [1 + k % order for k in range(num_inference_steps)]
+        if orders and (to_zero or (self.config["lower_order_final"] and (order, orders[-1]) != (3, 2))):
+            orders[-1] = 1
+        return orders
+
+    def step(  # type: ignore[override]
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
+        return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one evaluation further; see :meth:`DPMSolverMultistepScheduler.step`."""
+        return super().step(model_output, timestep, sample, generator, None, return_dict)
+
+    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, count: int, noise: torch.Tensor | None) -> torch.Tensor:
+        """Integrates from where the step began the polynomial through its outputs (arXiv:2206.00927 algorithms 1 and 2)."""
+        order = min(self.order_list[i], len(self._history) + 1)
+        self._history = [self._convert(output, i, x), *self._history[: order - 1]]
+        if order == 1 or self._base is None:
+            self._base = x
+        places, outputs = list(range(i, i - order, -1)), self._history
+        if order == 3 and self.config["solver_type"] == "midpoint":  # the published third order uses its last slope alone
+            places, outputs = places[::2], outputs[::2]
+        return self._transfer(self._base, i - order + 1, i + 1, places, outputs, noise, self._tau2)
+
+    def _moments(self, gain: float, z: float, count: int, tau2: float) -> list[float]:
+        halved = len(self._history) == 2 and self.config["solver_type"] == "midpoint"
+        moments = LogSnrScheduler._moments(self, gain, z, count, tau2)
+        if count == 3 and tau2:
+            moments[2] += 2 * gain  # as in the published SDE
+        return [moments[0], moments[0] / 2] if halved else moments

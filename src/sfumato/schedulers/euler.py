@@ -6,44 +6,140 @@ Samples are in variance-exploding form, ``x = x0 + sigma * noise``; ``scale_mode
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..random import Generators, randn
 from .base import Betas, Device, SigmaScheduler, StepResult, Update, one_source, wide
-from .noise import integer_steps, one_of, sigma_ramp, sigmas_to_steps
+from .noise import integer_steps, one_of, shift_flow_sigmas, sigma_ramp, sigmas_to_steps
 
 
 class ExplodingScheduler(SigmaScheduler):
-    """Base of the solvers in variance-exploding form."""
+    """Base of the solvers of ``dx / dsigma = (x - x0) / sigma`` (arXiv:2206.00364 eq. 1).
+
+    It holds for samples in variance-exploding form and for those of flow models alike: with ``prediction_type`` flow_prediction,
+    or a configuration that comes from a flow model's scheduler, the same solvers run on flows.
+    """
+
+    predictions: tuple[str, ...] = ("epsilon", "v_prediction", "flow_prediction")
+    _time_type = torch.float32
+    _direct = False  # whether the network's output is the slope
+
+    def _build(self) -> None:
+        c = self.config
+        self._flow = c.get("prediction_type") == "flow_prediction" or "shift" in c or bool(c.get("use_flow_sigmas"))
+        super()._build()
+        if self._flow:
+            if "prediction_type" in c["_use_default_values"] or "prediction_type" not in c:
+                self._kind = "flow_prediction"
+            self._set_flow()
+        self._direct = not self._clips and self._kind == ("flow_prediction" if self._flow else "epsilon")
+
+    def _set_flow(self) -> None:
+        """Lays out all levels that a flow model was trained with."""
+        c = self.config
+        self._flow, self._shift = True, c.get("shift") or c.get("flow_shift") or 1.0
+        levels = shift_flow_sigmas(np.arange(len(self), 0, -1) / len(self), 1.0 if c.get("use_dynamic_shifting") else self._shift)
+        self._set_levels(np.append(levels, 0.0), levels * len(self), None, torch.float32)
 
     @property
     def init_noise_sigma(self) -> float:  # type: ignore[override]
         """Standard deviation of the noise that sampling starts from."""
+        if self._flow:
+            return 1.0
         largest = max(self._sigmas)
         return math.sqrt(largest**2 + 1) if self.config["timestep_spacing"] == "leading" else largest
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """Divides the sample at this timestep by ``sqrt(sigma ** 2 + 1)``, so that the network sees unit variance."""
-        return sample * (1 / math.sqrt(self._sigmas[self._position(timestep)] ** 2 + 1))
+        """Scales the sample at this timestep to the variance that the network expects; flow models take it as it is."""
+        return sample if self._flow else sample * self._input_scale(self._evaluated(self._position(timestep)))
 
-    def _position(self, timestep: float | torch.Tensor | None) -> int:
+    def _input_scale(self, sigma: float) -> float:
+        return 1 / math.sqrt(sigma**2 + 1)
+
+    def _evaluated(self, i: int) -> float:
+        """Returns the noise level at which the network is asked at a position of the run."""
+        return self._sigmas[i]
+
+    def _begin(self, timestep: float | torch.Tensor) -> int:
         whole = not timestep.is_floating_point() if isinstance(timestep, torch.Tensor) else not isinstance(timestep, float)
         if whole:
             remedy = "pass elements of scheduler.timesteps, not their positions"
             raise ValueError(f"timestep={timestep!r} is no float: {type(self).__name__} has fractional timesteps; {remedy}")
-        return super()._position(timestep)  # type: ignore[arg-type]
+        return super()._begin(timestep)
 
-    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
-        """Lays out a run of ``num_inference_steps``, with ``timesteps`` on ``device``."""
-        stops = self._stops(num_inference_steps)
-        self._set_levels(np.append(self._sigmas_at(stops), 0.0), stops, device, torch.float32)
+    def _move(self, output: torch.Tensor, x: torch.Tensor, x0: torch.Tensor, here: float, there: float) -> torch.Tensor:
+        """Euler's step from one level to another; where the network predicts the slope itself, along its output."""
+        return torch.add(x, output, alpha=there - here) if self._direct else torch.lerp(x0, x, there / here)
 
-    def _stops(self, num_inference_steps: int | None) -> np.ndarray:
-        """Returns the descending training steps of a run, with fractions, and notes their number."""
-        self.num_inference_steps = count = self._check_count(num_inference_steps)
-        return integer_steps(self.config["timestep_spacing"], count, len(self), self.config["steps_offset"])
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Device = None, *, sigmas: list[float] | None = None,
+        mu: float | None = None,
+    ) -> None:  # fmt: skip
+        """Lays out a run of so many steps, or of given sigmas with the level to end at (which a flow's do not have).
+
+        ``timesteps`` will lie on ``device``; ``mu`` is the logarithm of a flow's shift, with ``use_dynamic_shifting``.
+        """
+        one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
+        self._lay_out(device, num_inference_steps, None, sigmas, mu)
+
+    def _lay_out(
+        self, device: Device, count: int | None = None, timesteps: Any = None, sigmas: Any = None, mu: float | None = None,
+        train_steps: int | None = None,
+    ) -> None:  # fmt: skip
+        """Lays out a run of so many steps, of given times, or of given sigmas (with the level to end at, unless it is a flow's)."""
+        if mu is not None and not self.config.get("use_dynamic_shifting"):
+            raise ValueError(f"mu={mu} needs a scheduler with use_dynamic_shifting=True")
+        if self._flow:
+            levels, times = self._flow_levels(count, timesteps, sigmas, mu)
+        elif sigmas is not None:
+            levels = np.array(sigmas, dtype=np.float64)
+            times = self._times_of(levels[:-1])
+        else:
+            levels, times = self._levels_at(
+                self._stops(count, train_steps) if timesteps is None else np.array(timesteps, np.float64)
+            )
+        self.num_inference_steps = len(times)
+        self._set_levels(levels, times, device, self._time_type)
+
+    def _stops(self, count: int | None, train_steps: int | None = None) -> np.ndarray:
+        """Returns the descending training steps of a run, with fractions."""
+        c = self.config
+        return integer_steps(c["timestep_spacing"], self._check_count(count), train_steps or len(self), c["steps_offset"])
+
+    def _levels_at(self, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the noise levels of a run, the last included, and its timesteps."""
+        levels = self._sigmas_at(stops)
+        if self._ramp:
+            low, high = self._own("sigma_min", None), self._own("sigma_max", None)
+            levels = sigma_ramp(self._ramp, levels[0] if high is None else high, levels[-1] if low is None else low, len(stops))
+            stops = self._times_of(levels)
+        return np.append(levels, self._final_sigma), stops
+
+    def _times_of(self, levels: np.ndarray) -> np.ndarray:
+        """Returns the timesteps of given noise levels."""
+        return levels * len(self) if self._flow else sigmas_to_steps(levels, self._table)
+
+    def _churn(
+        self, x: torch.Tensor, i: int, churn: tuple[float, float, float, float], dtype: torch.dtype, generator: Generators
+    ) -> tuple[torch.Tensor, float]:
+        """Adds noise before a step (arXiv:2206.00364 algorithm 2) and returns the sample with its raised level."""
+        sigma, (amount, low, high, factor) = self._sigmas[i], churn
+        if amount <= 0 or not low <= sigma <= high:
+            return x, sigma
+        if self._flow:
+            raise ValueError(f"s_churn={amount} raises the noise level, which a flow cannot exceed at its start: set s_churn=0")
+        raised = sigma * (1 + min(amount / (len(self._sigmas) - 1), math.sqrt(2) - 1))
+        noise = randn(x.shape, generator=generator, device=x.device, dtype=dtype)
+        return x + noise * (factor * math.sqrt(raised**2 - sigma**2)), raised
+
+    def _renoise(self, x: torch.Tensor, down: float, up: float, noise: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        """Brings ``x`` from the level ``down`` back to ``up``, in place, with noise of the variance that is missing there."""
+        ratio = (1 - up) / (1 - down) if self._flow else 1.0
+        added = math.sqrt(max(up**2 - (ratio * down) ** 2, 0.0))
+        return (x if ratio == 1 else x.mul_(ratio)).add_(noise, alpha=added * factor)
 
 
 class EulerDiscreteScheduler(ExplodingScheduler):
@@ -55,7 +151,7 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         timestep_type: ``continuous`` tells v-prediction networks ``log(sigma) / 4`` in place of the training step.
     """
 
-    predictions = ("epsilon", "sample", "original_sample", "v_prediction")
+    predictions: tuple[str, ...] = ("epsilon", "sample", "original_sample", "v_prediction", "flow_prediction")
 
     def __init__(
         self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
@@ -74,7 +170,7 @@ class EulerDiscreteScheduler(ExplodingScheduler):
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[float] | None = None,
-        sigmas: list[float] | None = None,
+        sigmas: list[float] | None = None, *, mu: float | None = None,
     ) -> None:  # fmt: skip
         """Lays out a run of so many steps, of given training steps (fractions allowed), or of sigmas with the level to end at.
 
@@ -85,29 +181,18 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         if timesteps is not None and (self._ramp or self._continuous):
             cause = f"use_{self._ramp}_sigmas=True" if self._ramp else "timestep_type='continuous'"
             raise ValueError(f"timesteps cannot be set with {cause}: pass sigmas, or change the configuration")
-        if sigmas is not None:
-            levels = np.array(sigmas, dtype=np.float64)
-            stops = sigmas_to_steps(levels[:-1], self._table)
-        else:
-            stops = self._stops(num_inference_steps) if timesteps is None else np.array(timesteps, dtype=np.float64)
-            levels, stops = self._levels_at(stops)
-        if self._continuous:
-            stops = np.log(levels[:-1]) / 4
-        self.num_inference_steps = len(stops)
-        self._set_levels(levels, stops, device, torch.float32)
+        self._lay_out(device, num_inference_steps, timesteps, sigmas, mu)
+
+    def _sigmas_at(self, stops: np.ndarray) -> np.ndarray:
+        even = self.config["interpolation_type"] == "log_linear"
+        return sigma_ramp("exponential", *self._bounds, len(stops) + 1) if even else super()._sigmas_at(stops)
 
     def _levels_at(self, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the noise levels of a run, the last included, and its training steps."""
-        c = self.config
-        levels = self._sigmas_at(stops)
-        if c["interpolation_type"] == "log_linear":
-            levels = sigma_ramp("exponential", *self._bounds, len(stops) + 1)
-        if self._ramp:
-            high = levels[0] if c["sigma_max"] is None else c["sigma_max"]
-            low = levels[-1] if c["sigma_min"] is None else c["sigma_min"]
-            levels = sigma_ramp(self._ramp, high, low, len(stops))
-            stops = sigmas_to_steps(levels, self._table)
-        return np.append(levels, self._final_sigma), stops
+        levels, times = super()._levels_at(stops)
+        return levels, self._times_of(levels[:-1]) if self._continuous else times
+
+    def _times_of(self, levels: np.ndarray) -> np.ndarray:
+        return np.log(levels) / 4 if self._continuous else super()._times_of(levels)
 
     def step(
         self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, s_churn: float = 0.0,
@@ -121,17 +206,13 @@ class EulerDiscreteScheduler(ExplodingScheduler):
             s_tmin, s_tmax: Range of sigmas with churn.
         """
         i = self._position(timestep)
-        sigma, x, churned = self._sigmas[i], wide(sample), self._sigmas[i]
-        if s_churn > 0 and s_tmin <= sigma <= s_tmax:
-            churned = sigma * (1 + min(s_churn / (len(self._sigmas) - 1), math.sqrt(2) - 1))
-            noise = randn(model_output.shape, generator=generator, device=x.device, dtype=model_output.dtype)
-            x = x + noise * (s_noise * math.sqrt(churned**2 - sigma**2))
+        x, churned = self._churn(wide(sample), i, (s_churn, s_tmin, s_tmax, s_noise), model_output.dtype, generator)
         return self._step(sample, self.update(model_output, i, x, churned), return_dict)
 
     def update(self, output: torch.Tensor, i: int, x: torch.Tensor, churned: float) -> Update:
         """Moves along the line from ``x`` at sigma ``churned`` through its denoised form."""
-        x0 = self._denoise(output, x, 1.0, churned)
-        return torch.lerp(x0, x, self._sigmas[i + 1] / churned), x0
+        x0 = self._denoise(output, x, self._signal_noise(churned)[0], churned)
+        return self._move(output, x, x0, churned, self._sigmas[i + 1]), x0
 
 
 class EulerAncestralDiscreteScheduler(ExplodingScheduler):
@@ -154,8 +235,8 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
         return self._step(sample, self.update(model_output, i, wide(sample), noise), return_dict)
 
     def update(self, output: torch.Tensor, i: int, x: torch.Tensor, noise: torch.Tensor) -> Update:
-        """Splits the next level's variance into a part kept by the step and a part drawn anew, as DDPM's posterior does."""
-        sigma, following = self._sigmas[i], self._sigmas[i + 1]
-        up = following * math.sqrt(1 - following**2 / sigma**2) if following < sigma else 0.0
-        x0 = self._denoise(output, x, 1.0, sigma)
-        return torch.lerp(x0, x, math.sqrt(following**2 - up**2) / sigma).add_(noise, alpha=up), x0
+        """Goes down to the level from which fresh noise leads back to the next one, as DDPM's posterior does."""
+        sigma, up = self._sigmas[i : i + 2]
+        x0 = self._denoise(output, x, self._signal_noise(sigma)[0], sigma)
+        down = up**2 / sigma if up < sigma else up
+        return self._renoise(self._move(output, x, x0, sigma, down), down, up, noise), x0

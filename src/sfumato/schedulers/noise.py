@@ -100,22 +100,26 @@ def given_steps(timesteps: Any, steps: int) -> np.ndarray:
     return stops
 
 
-def sigma_ramp(name: str, high: float, low: float, count: int) -> np.ndarray:
-    """Lays ``count`` sigmas from ``high`` down to ``low``.
+def sigma_ramp(
+    name: str, high: float, low: float, places: int | np.ndarray, rho: float = 7.0, dtype: torch.dtype = torch.float64
+) -> np.ndarray:
+    """Lays sigmas from ``high`` down to ``low``, as many as ``places`` or at these places in 0..1.
 
-    They are ``karras`` (arXiv:2206.00364 eq. 5, rho 7), ``exponential`` (uniform in log sigma) or ``beta`` (quantiles of
-    Beta(0.6, 0.6), arXiv:2407.12173).
+    They are ``karras`` (arXiv:2206.00364 eq. 5, with ``rho``), ``exponential`` (uniform in log sigma) or ``beta`` (quantiles of
+    Beta(0.6, 0.6), arXiv:2407.12173), calculated in ``dtype``.
     """
+    place = torch.linspace(0, 1, places, dtype=dtype) if isinstance(places, int) else torch.as_tensor(places, dtype=dtype)
     if name == "exponential":
-        return np.exp(np.linspace(math.log(high), math.log(low), count))
-    place = np.linspace(0.0, 1.0, count)
+        if isinstance(places, int):
+            return torch.linspace(math.log(high), math.log(low), places, dtype=dtype).exp().numpy()
+        return (math.log(high) + place * (math.log(low) - math.log(high))).exp().numpy()
     if name == "karras":
-        return (high ** (1 / 7) + place * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+        return ((high ** (1 / rho) + place * (low ** (1 / rho) - high ** (1 / rho))) ** rho).numpy()
     try:
         from scipy.special import betaincinv
     except ImportError as error:
         raise ImportError("use_beta_sigmas needs scipy: `pip install scipy`, or choose use_karras_sigmas") from error
-    return low + (high - low) * betaincinv(0.6, 0.6, 1 - place)
+    return low + (high - low) * betaincinv(0.6, 0.6, 1 - place.numpy())
 
 
 def sigmas_to_steps(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:

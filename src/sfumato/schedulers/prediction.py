@@ -7,6 +7,7 @@ be read off as ``a * x + b * output`` with two numbers that depend on the noise 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -55,6 +56,32 @@ def mix(weights: tuple[float, float], x: torch.Tensor, y: torch.Tensor) -> torch
     # One rounding at the scale of the sum: with a small signal both terms are large and nearly cancel.
     total = torch.add(x, y, alpha=b / a)
     return total if a == 1 else total.mul_(a)
+
+
+def blend(weights: Sequence[float], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns the sum of ``weights[k] * tensors[k]`` as a new tensor, in the precision of the first."""
+    total = tensors[0] * weights[0]
+    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+        total.add_(tensor, alpha=weight)
+    return total
+
+
+def polynomial_weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
+    """Returns the weights of values at ``nodes`` that integrate the polynomial through them exactly.
+
+    ``moments[k]`` is the integral of the ``k``-th power; there are as many as nodes. The Vandermonde system is solved by
+    Bjorck and Pereyra's algorithm (Mathematics of Computation 24, 1970), in Python numbers: there are at most five.
+    """
+    weights, last = list(moments), len(nodes) - 1
+    for k in range(last):
+        for i in range(last, k, -1):
+            weights[i] -= nodes[k] * weights[i - 1]
+    for k in range(last - 1, -1, -1):
+        for i in range(k + 1, last + 1):
+            weights[i] /= nodes[i] - nodes[i - k - 1]
+        for i in range(k, last):
+            weights[i] -= weights[i + 1]
+    return weights
 
 
 def dynamic_threshold(x0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:

@@ -1,0 +1,174 @@
+"""Solvers with the preconditioning of arXiv:2206.00364 (EDM): ``x = x0 + sigma * noise`` with a network at unit variance.
+
+``x0 = c_skip * x + c_out * output``, the network's input is ``c_in * x`` (paper table 1), and its time ``log(sigma) / 4``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from ..random import Generators
+from .base import Device, LevelScheduler, SigmaScheduler, StepResult, one_source, wide
+from .brownian import BrownianNoise
+from .dpm import DPMSolverMultistepScheduler
+from .euler import EulerDiscreteScheduler
+from .noise import one_of, sigma_ramp
+
+
+class EDMScheduler(SigmaScheduler):
+    """What EDM's schedulers share.
+
+    Configuration:
+        sigma_min, sigma_max: Smallest and largest level.
+        sigma_data: Standard deviation of the data.
+        sigma_schedule, rho: Spacing of the levels; see :func:`sfumato.schedulers.noise.sigma_ramp`.
+    """
+
+    predictions: tuple[str, ...] = ("epsilon", "v_prediction")
+    _precision = torch.float64  # in which the levels are laid
+
+    def _build(self) -> None:
+        LevelScheduler._build(self)
+        c = self.config
+        one_of("sigma_schedule", c["sigma_schedule"], "karras", "exponential")
+        one_of("final_sigmas_type", c["final_sigmas_type"], "zero", "sigma_min")
+        self._lay_levels(len(self), None)
+
+    def _lay_levels(self, places: int | np.ndarray, device: Device) -> None:
+        """Lays out a run of so many steps, or of levels at these places between both ends."""
+        c = self.config
+        sigmas = sigma_ramp(c["sigma_schedule"], c["sigma_max"], c["sigma_min"], places, c["rho"], self._precision)
+        end = sigmas[-1] if c["final_sigmas_type"] == "sigma_min" else 0.0
+        self._set_levels(np.append(sigmas, end), self._times_of(sigmas), device, torch.float32)
+
+    def _times_of(self, levels: np.ndarray) -> np.ndarray:
+        return np.log(levels) / 4
+
+    @property
+    def init_noise_sigma(self) -> float:  # type: ignore[override]
+        """Standard deviation of the noise that sampling starts from."""
+        return math.sqrt(self.config["sigma_max"] ** 2 + 1)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """Multiplies the sample at this timestep by ``c_in``, so that the network sees unit variance."""
+        assert timestep is not None
+        return sample / math.sqrt(self._sigmas[self._position(timestep)] ** 2 + self.config["sigma_data"] ** 2)
+
+    def _coefficients(self, alpha: float, sigma: float) -> tuple[float, float]:
+        data = self.config["sigma_data"]
+        variance = sigma**2 + data**2
+        out = sigma * data / math.sqrt(variance)
+        return data**2 / variance, -out if self._kind == "v_prediction" else out
+
+
+class EDMEulerScheduler(EDMScheduler, EulerDiscreteScheduler):
+    """Euler's method with EDM's preconditioning and optional churn (arXiv:2206.00364 algorithm 2 without its correction)."""
+
+    predictions: tuple[str, ...] = ("epsilon", "v_prediction")
+
+    def __init__(
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5, sigma_schedule: str = "karras",
+        num_train_timesteps: int = 1000, prediction_type: str = "epsilon", rho: float = 7.0, final_sigmas_type: str = "zero",
+    ) -> None:  # fmt: skip
+        self._build()
+
+    def set_timesteps(  # type: ignore[override]
+        self, num_inference_steps: int | None = None, device: Device = None, sigmas: torch.Tensor | list[float] | None = None
+    ) -> None:
+        """Lays out a run of so many steps, with ``timesteps`` on ``device``.
+
+        ``sigmas`` are no levels here but their places in the spacing, from 0 (``sigma_max``) to 1 (``sigma_min``).
+        """
+        if sigmas is None or num_inference_steps is None:
+            one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
+        places = np.linspace(0, 1, self._check_count(num_inference_steps)) if sigmas is None else np.asarray(sigmas, np.float64)
+        if places.min() < 0 or places.max() > 1:
+            raise ValueError(f"sigmas={places.tolist()}: expected places between 0 (sigma_max) and 1 (sigma_min)")
+        self.num_inference_steps = len(places)
+        self._lay_levels(places, device)
+
+    def step(
+        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, s_churn: float = 0.0,
+        s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
+        pred_original_sample: torch.Tensor | None = None,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step; see :meth:`EulerDiscreteScheduler.step`. ``pred_original_sample`` replaces the network's prediction."""
+        if pred_original_sample is None:
+            return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict)
+        i = self._position(timestep)
+        x, churned = self._churn(wide(sample), i, (s_churn, s_tmin, s_tmax, s_noise), sample.dtype, generator)
+        new = torch.lerp(pred_original_sample.to(x.dtype), x, self._sigmas[i + 1] / churned)
+        return self._step(sample, (new, pred_original_sample), return_dict)
+
+
+class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverMultistepScheduler):
+    """Multistep DPM-Solver++ with EDM's preconditioning, as ODE or SDE; see :class:`DPMSolverMultistepScheduler`."""
+
+    _precision = torch.float32
+    _algorithms = ("dpmsolver++", "sde-dpmsolver++")
+
+    def __init__(
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5, sigma_schedule: str = "karras",
+        num_train_timesteps: int = 1000, prediction_type: str = "epsilon", rho: float = 7.0, solver_order: int = 2,
+        thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0,
+        algorithm_type: str = "dpmsolver++", solver_type: str = "midpoint", lower_order_final: bool = True,
+        euler_at_final: bool = False, final_sigmas_type: str | None = "zero",
+    ) -> None:  # fmt: skip
+        self._read_solver()
+        self._build()
+
+    def _read_solver(self) -> None:
+        super()._read_solver()
+        one_of("solver_order", self.config["solver_order"], *((1, 2) if self._tau2 else (1, 2, 3)))
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:  # type: ignore[override]
+        """Lays out a run of so many steps, with ``timesteps`` on ``device``."""
+        self.num_inference_steps = self._check_count(num_inference_steps)
+        self._lay_levels(self.num_inference_steps, device)
+
+    def _signal_noise(self, sigma: float) -> tuple[float, float]:
+        return 1.0, sigma
+
+    def step(  # type: ignore[override]
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
+        return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample; see :meth:`DPMSolverMultistepScheduler.step`."""
+        return DPMSolverMultistepScheduler.step(self, model_output, timestep, sample, generator, None, return_dict)
+
+
+class CosineDPMSolverMultistepScheduler(EDMDPMSolverMultistepScheduler):
+    """Multistep SDE DPM-Solver++ with Brownian noise, for networks told the angle ``2 / pi * atan(sigma)`` (Stable Audio)."""
+
+    def __init__(
+        self, sigma_min: float = 0.3, sigma_max: float = 500, sigma_data: float = 1.0, sigma_schedule: str = "exponential",
+        num_train_timesteps: int = 1000, solver_order: int = 2, prediction_type: str = "v_prediction", rho: float = 7.0,
+        solver_type: str = "midpoint", lower_order_final: bool = True, euler_at_final: bool = False,
+        final_sigmas_type: str = "zero",
+    ) -> None:  # fmt: skip
+        one_of("solver_order", solver_order, 1, 2)
+        self._on_denoised, self._tau2 = True, 1.0
+        self._build()
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._noise: BrownianNoise | None = None
+
+    def _times_of(self, levels: np.ndarray) -> np.ndarray:
+        return np.arctan(levels) / math.pi * 2
+
+    def step(  # type: ignore[override]
+        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
+        return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step; the seeds of ``generator`` fix the Brownian motion of the run, and nothing is drawn from it."""
+        count, i, x = self._count(), self._position(timestep), wide(sample)
+        if self._noise is None:
+            given = generator if isinstance(generator, (list, tuple)) else [generator]
+            seeds = [g.initial_seed() for g in given if g is not None] or None
+            self._noise = BrownianNoise(sample, self.config["sigma_min"], self.config["sigma_max"], seed=seeds)
+        noise = self._noise(*self._sigmas[i : i + 2])
+        return self._step(sample, (self.update(model_output, i, x, count, noise), None), return_dict)

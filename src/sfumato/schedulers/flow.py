@@ -1,0 +1,245 @@
+"""Solvers for flow models: ``x = (1 - sigma) * x0 + sigma * noise``, whose network predicts ``noise - x0`` (arXiv:2210.02747).
+
+``dx / dsigma`` is that prediction, so Euler's and Heun's methods are those of the other schedulers. Levels, in 1..0, are shifted
+towards noise for large pictures; ``set_timesteps`` takes them ready made too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..errors import ConfigError
+from ..random import Generators, randn
+from .base import Device, SchedulerOutput, StepResult, wide
+from .euler import ExplodingScheduler
+from .noise import one_of
+from .two_stage import HeunDiscreteScheduler
+
+
+class FlowScheduler(ExplodingScheduler):
+    """Base of the schedulers that are for flow models alone.
+
+    Their configuration:
+        shift: Moves levels towards noise (arXiv:2403.03206 eq. 23).
+        use_dynamic_shifting, time_shift_type: The shift is told to ``set_timesteps`` as ``mu``: its logarithm, or with ``linear``
+            the shift itself. ``base_shift``, ``max_shift``, ``base_image_seq_len`` and ``max_image_seq_len`` tell pipelines
+            how ``mu`` grows with the number of tokens.
+        invert_sigmas: The model counts levels from the clean end.
+        shift_terminal: Level at which the last step begins; the others are stretched to it.
+    """
+
+    predictions: tuple[str, ...] = ("flow_prediction",)
+
+    def _build(self) -> None:
+        kind = self.config.get("prediction_type", "flow_prediction")
+        if kind != "flow_prediction":
+            remedy = "take the class of the same name without 'FlowMatch'"
+            raise ConfigError(f"{type(self).__name__} is for flow models, the configuration has prediction_type={kind!r}: {remedy}")
+        one_of("time_shift_type", self.config.get("time_shift_type", "linear"), "exponential", "linear")
+        self._kind, self._direct, self._thresholds, self._clips = "flow_prediction", True, False, False
+        self._ramp, self._final_sigma = self._read_ramp(), 0.0
+        self._set_flow()
+
+    @property
+    def shift(self) -> float:
+        """The static shift of the levels."""
+        return self.config["shift"]
+
+    def set_shift(self, shift: float) -> None:
+        """Replaces the static shift; it acts from the next ``set_timesteps`` on."""
+        self.register_to_config(shift=shift)
+
+    def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Mixes clean samples ``(B, ...)`` with noise at the level of ``timestep``, as :meth:`add_noise` does."""
+        return self.add_noise(sample, noise, torch.as_tensor(timestep).reshape(-1))
+
+
+def refuse_churn(s_churn: float) -> None:
+    """Raises a ValueError for churn, which would raise the noise of a flow above the level that it begins with."""
+    if s_churn:
+        raise ValueError(f"s_churn={s_churn}: flow models take no churn; for noise use stochastic_sampling=True")
+
+
+class FlowMatchEulerDiscreteScheduler(FlowScheduler):
+    """Euler's method for flow models; see :class:`FlowScheduler` for the configuration.
+
+    Args:
+        stochastic_sampling: Mix the denoised sample with fresh noise at each step.
+    """
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, shift: float = 1.0, use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5, max_shift: float | None = 1.15, base_image_seq_len: int | None = 256,
+        max_image_seq_len: int | None = 4096, invert_sigmas: bool = False, shift_terminal: float | None = None,
+        use_karras_sigmas: bool | None = False, use_exponential_sigmas: bool | None = False,
+        use_beta_sigmas: bool | None = False, time_shift_type: str = "exponential", stochastic_sampling: bool = False,
+    ) -> None:  # fmt: skip
+        self._build()
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Device = None, sigmas: list[float] | None = None,
+        mu: float | None = None, timesteps: list[float] | None = None,
+    ) -> None:  # fmt: skip
+        """Lays out a run of so many steps, or of given levels (without the one to end at), ``timesteps`` or both.
+
+        ``mu`` has an effect with ``use_dynamic_shifting`` only: pipelines work it out for every model of a family.
+
+        Raises:
+            ValueError: None of them was given, their lengths differ, or ``mu`` is missing.
+        """
+        lengths = {len(given) for given in (sigmas, timesteps) if given is not None}
+        if num_inference_steps is None and not lengths:
+            raise ValueError("set_timesteps needs num_inference_steps, sigmas or timesteps")
+        if len(lengths | ({num_inference_steps} if num_inference_steps is not None else set())) > 1:
+            raise ValueError("num_inference_steps, sigmas and timesteps differ in length: pass one of them")
+        self._lay_out(device, num_inference_steps, timesteps, sigmas, mu if self.config["use_dynamic_shifting"] else None)
+
+    def step(
+        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, s_churn: float = 0.0,
+        s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None,
+        per_token_timesteps: torch.Tensor | None = None, return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample.
+
+        Args:
+            model_output, timestep, sample, generator, return_dict: See :class:`SchedulerMixin`.
+            s_churn, s_tmin, s_tmax, s_noise: Not for this solver: an ``s_churn`` other than 0 is refused.
+            per_token_timesteps: Times of single tokens ``(B, N)`` of a sample ``(B, N, C)``: each goes to the level below its own.
+        """
+        refuse_churn(s_churn)
+        i, x = self._position(timestep), wide(sample)
+        here: Any = self._sigmas[i]
+        there: Any = self._sigmas[i + 1]
+        if per_token_timesteps is not None:
+            here = per_token_timesteps.to(x.dtype).unsqueeze(-1) / len(self)  # (B, N, 1)
+            levels = self.sigmas.to(x.device, x.dtype).view(-1, 1, 1, 1)
+            there = torch.where(levels < here - 1e-6, levels, 0.0).amax(0)
+        new = self.update(model_output, x, here, there, generator)
+        return self._step(sample, (new, None), return_dict)
+
+    def update(self, output: torch.Tensor, x: torch.Tensor, here: Any, there: Any, generator: Generators) -> torch.Tensor:
+        """Euler's step along the prediction, or with fresh noise in place of the old."""
+        if self.config["stochastic_sampling"]:
+            noise = randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            return noise.mul_(there).add_((x - here * output) * (1 - there))
+        if isinstance(here, float):
+            return torch.add(x, output, alpha=there - here)
+        return x + (there - here) * output
+
+
+class FlowMatchHeunDiscreteScheduler(FlowScheduler, HeunDiscreteScheduler):
+    """Heun's method for flow models: two evaluations a step, the mean of their slopes."""
+
+    predictions: tuple[str, ...] = ("flow_prediction",)
+
+    def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
+        self._build()
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:  # type: ignore[override]
+        """Lays out a run of ``num_inference_steps``, with one entry per evaluation in ``timesteps``, on ``device``."""
+        self._lay_out(device, num_inference_steps)
+
+    def step(  # type: ignore[override]
+        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, s_churn: float = 0.0,
+        s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one evaluation further; see :meth:`FlowMatchEulerDiscreteScheduler.step` for the arguments."""
+        refuse_churn(s_churn)
+        result = self._stage(model_output, timestep, sample, True)
+        return SchedulerOutput(result[0]) if return_dict else (result[0],)
+
+
+class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
+    """Consistency sampling for flow models: denoise, then noise anew to the next level (arXiv:2310.04378 algorithm 3).
+
+    Args:
+        scale_factors: Sizes of the first steps' results relative to the first sample; the sample grows from step to step.
+        upscale_mode: How it is scaled, a ``mode`` of ``torch.nn.functional.interpolate``.
+    """
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, shift: float = 1.0, use_dynamic_shifting: bool = False,
+        base_shift: float = 0.5, max_shift: float = 1.15, base_image_seq_len: int = 256, max_image_seq_len: int = 4096,
+        invert_sigmas: bool = False, shift_terminal: float | None = None, use_karras_sigmas: bool | None = False,
+        use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False, time_shift_type: str = "exponential",
+        scale_factors: list[float] | None = None, upscale_mode: str = "bicubic",
+    ) -> None:  # fmt: skip
+        self._build()
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._size: torch.Size | None = None
+
+    def set_scale_factors(self, scale_factors: list[float], upscale_mode: str) -> None:
+        """Replaces the growth of the sample from step to step."""
+        self.register_to_config(scale_factors=scale_factors, upscale_mode=upscale_mode)
+
+    def step(  # type: ignore[override]
+        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
+        return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`."""
+        i, x = self._position(timestep), wide(sample)
+        here, there = self._sigmas[i : i + 2]
+        x0 = torch.add(x, model_output, alpha=-here)
+        factors = self.config["scale_factors"] or []
+        self._size = self._size or x.shape[2:]
+        if i < len(factors):
+            size = [round(factors[i] * side) for side in self._size]
+            x0 = F.interpolate(x0, size=size, mode=self.config["upscale_mode"])
+        noise = randn(x0.shape, generator=generator, device=x.device, dtype=x0.dtype)
+        return self._step(sample, (noise.mul_(there).add_(x0, alpha=1 - there), None), return_dict)
+
+
+class LTXEulerAncestralRFScheduler(FlowScheduler):
+    """Euler's method for flow models with noise put back at each step.
+
+    Args:
+        eta: How much of the step is spent on noise: 0 (none) to 1 (as the variance-exploding ancestral sampler).
+        s_noise: Factor of the noise.
+    """
+
+    def __init__(self, num_train_timesteps: int = 1000, eta: float = 1.0, s_noise: float = 1.0) -> None:
+        self._build()
+
+    def set_timesteps(  # type: ignore[override]
+        self, num_inference_steps: int | None = None, device: Device = None, sigmas: list[float] | torch.Tensor | None = None,
+        timesteps: list[float] | torch.Tensor | None = None, mu: float | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Lays out a run of so many steps, or of given levels with the one to end at.
+
+        ``timesteps`` alone are levels too; ``mu`` and further arguments, which other schedulers take, have no effect here.
+
+        Raises:
+            ValueError: None of them was given, or a level is not in 0..1.
+        """
+        if (given := timesteps if sigmas is None else sigmas) is None:
+            self._lay_out(device, num_inference_steps)
+            return
+        levels = np.asarray(given, dtype=np.float64)
+        if levels.min() < 0 or levels.max() > 1:
+            raise ValueError(f"sigmas={levels.tolist()}: the levels of a flow lie in 0..1")
+        self.num_inference_steps = len(levels) - 1
+        self._set_levels(np.append(levels, levels[-1]), levels * len(self), device, torch.float32)
+        self.sigmas = self.sigmas[:-1]
+
+    def step(
+        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
+        return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`."""
+        i, x = self._position(timestep), wide(sample)
+        here, there = self._sigmas[i : i + 2]
+        if here == there:  # the last of the given levels, which no step leaves
+            return self._step(sample, (x, None), return_dict)
+        down = there * (1 + (there / here - 1) * self.config["eta"])
+        new = torch.add(x, model_output, alpha=down - here)
+        if there and down != there and self.config["s_noise"]:
+            noise = randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            new = self._renoise(new, down, there, noise, self.config["s_noise"])
+        return self._step(sample, (new, None), return_dict)

@@ -1,0 +1,298 @@
+"""Multistep solvers beside DPM-Solver: DEIS, UniPC and SA-Solver in log signal-to-noise, LMS and IPNDM without it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError
+from ..random import Generators, randn
+from .base import Betas, Device, SchedulerMixin, StepResult, StepScheduler, one_source, wide
+from .dpm import LogSnrScheduler
+from .euler import ExplodingScheduler
+from .noise import one_of
+from .prediction import blend, polynomial_weights
+
+
+class DEISMultistepScheduler(LogSnrScheduler):
+    """Exponential integrator on the noise with a polynomial in log rho (arXiv:2204.13902 eq. 15), of order 1 to 3."""
+
+    _on_denoised = False
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
+        trained_betas: Betas = None, solver_order: int = 2, prediction_type: str = "epsilon", thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0, algorithm_type: str = "deis",
+        solver_type: str = "logrho", lower_order_final: bool = True, use_karras_sigmas: bool | None = False,
+        use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False, use_flow_sigmas: bool | None = False,
+        flow_shift: float | None = 1.0, timestep_spacing: str = "linspace", steps_offset: int = 0,
+        use_dynamic_shifting: bool = False, time_shift_type: str = "exponential",
+    ) -> None:  # fmt: skip
+        # Names that related solvers have for what this one calls otherwise.
+        algorithm_type = "deis" if algorithm_type in ("dpmsolver", "dpmsolver++") else algorithm_type
+        solver_type = "logrho" if solver_type in ("midpoint", "heun", "bh1", "bh2") else solver_type
+        self.register_to_config(algorithm_type=algorithm_type, solver_type=solver_type)
+        one_of("algorithm_type", algorithm_type, "deis")
+        one_of("solver_type", solver_type, "logrho")
+        one_of("solver_order", solver_order, 1, 2, 3)
+        self._build()
+        self._final_sigma = self._bounds[1]
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Device = None, mu: float | None = None, *,
+        sigmas: list[float] | None = None,
+    ) -> None:  # fmt: skip
+        """Lays out a run of so many steps, or of a flow's given levels; ``mu`` is the logarithm of the flow shift."""
+        one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
+        self._lay_out(device, num_inference_steps, None, sigmas, mu)
+
+    def step(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
+    ) -> StepResult:
+        """Goes one step towards the clean sample; see :class:`SchedulerMixin`."""
+        count, i, x = self._count(), self._position(timestep), wide(sample)
+        return self._step(sample, (self.update(model_output, i, x, count), None), return_dict)
+
+    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, count: int) -> torch.Tensor:
+        """Integrates the polynomial through the last outputs, at lower order at the end of runs below 15 steps."""
+        self._history = [self._convert(output, i, x), *self._history[:2]]
+        lowered = self.config["lower_order_final"] and count < 15
+        order = min(len(self._history), self.config["solver_order"], count - i if lowered else 3)
+        return self._transfer(x, i, i + 1, range(i, i - order, -1), self._history[:order])
+
+
+class UniPCMultistepScheduler(LogSnrScheduler):
+    """Unified predictor-corrector (arXiv:2302.04867): each new output first corrects the step that led to it.
+
+    Args:
+        predict_x0: Extrapolate the denoised sample, else the noise.
+        solver_type: ``bh1`` or ``bh2``, the function B(h) of the second-order step (paper section 3.1).
+        disable_corrector: Positions of steps that are not corrected.
+        solver_p: Another scheduler that predicts in place of UniP.
+        sigma_min, sigma_max: Range of the ``use_*_sigmas`` spacings (default: the table's).
+        shift_terminal: Level that a flow's last step sets out from; the others are stretched to it.
+    """
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
+        trained_betas: Betas = None, solver_order: int = 2, prediction_type: str = "epsilon", thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0, predict_x0: bool = True,
+        solver_type: str = "bh2", lower_order_final: bool = True, disable_corrector: list[int] = [],  # noqa: B006
+        solver_p: SchedulerMixin | None = None, use_karras_sigmas: bool | None = False,
+        use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False, use_flow_sigmas: bool | None = False,
+        flow_shift: float | None = 1.0, timestep_spacing: str = "linspace", steps_offset: int = 0,
+        final_sigmas_type: str | None = "zero", rescale_betas_zero_snr: bool = False, use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential", sigma_min: float | None = None, sigma_max: float | None = None,
+        shift_terminal: float | None = None,
+    ) -> None:  # fmt: skip
+        solver_type = "bh2" if solver_type in ("midpoint", "heun", "logrho") else solver_type
+        self.register_to_config(solver_type=solver_type)
+        one_of("solver_type", solver_type, "bh1", "bh2")
+        if solver_order < 1:
+            raise ConfigError(f"solver_order={solver_order}, expected at least 1")
+        if not predict_x0 and final_sigmas_type == "zero":
+            raise ConfigError("predict_x0=False cannot end at zero noise: set final_sigmas_type='sigma_min'")
+        self._on_denoised = predict_x0
+        self._build()
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._last: tuple[torch.Tensor, int] | None = None  # sample before the last step, and the step's order
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Device = None, sigmas: list[float] | None = None,
+        mu: float | None = None,
+    ) -> None:  # fmt: skip
+        """Lays out a run of so many steps, or of a flow's given levels; ``mu`` is the logarithm of the flow shift."""
+        if sigmas is None or num_inference_steps is None:
+            one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
+        self._lay_out(device, num_inference_steps, None, sigmas, mu)
+        if self.config["solver_p"] is not None:
+            self._predictor = self.config["solver_p"].fresh()
+            self._predictor.set_timesteps(len(self._times), device=device)
+
+    def _levels_at(self, stops: np.ndarray, given: bool, mu: float | None) -> tuple[np.ndarray, np.ndarray]:
+        levels, times = super()._levels_at(stops, given, mu)
+        if self._flow and self._ramp:
+            levels = levels / (1 + levels)
+        elif self._flow and levels[0] > 1 - 1e-6:
+            levels[0] = 1 - 1e-6  # lambda is infinite at 1
+        return levels, (levels * len(self)).astype(np.int64) if self._flow else times
+
+    def _even_flow(self, count: int) -> np.ndarray:
+        return np.linspace(1.0, 1 / len(self), count + 1)[:-1]
+
+    def step(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
+    ) -> StepResult:
+        """Goes one step towards the clean sample; see :class:`SchedulerMixin`."""
+        count, i, x = self._count(), self._position(timestep), wide(sample)
+        return self._step(sample, (self.update(model_output, i, x, count, timestep), None), return_dict)
+
+    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, count: int, timestep: Any) -> torch.Tensor:
+        """Corrects the sample (UniC, eq. 8) and predicts the next one (UniP, eq. 9)."""
+        c = self.config
+        converted = self._convert(output, i, x)
+        if self._last is not None and i - 1 not in c["disable_corrector"]:
+            start, order = self._last
+            places = (*range(i - 1, i - 1 - order, -1), i)
+            x = self._transfer(start, i - 1, i, places, (*self._history[:order], converted))
+        self._history = [converted, *self._history[: c["solver_order"] - 1]]
+        wanted = min(c["solver_order"], count - i) if c["lower_order_final"] else c["solver_order"]
+        order = 1 if self._sigmas[i + 1] == 0 else min(wanted, len(self._history))
+        self._last = x, order
+        if c["solver_p"] is not None:
+            return self._predictor.step(output, timestep, x).prev_sample
+        return self._transfer(x, i, i + 1, range(i, i - order, -1), self._history[:order])
+
+    def _moments(self, gain: float, z: float, count: int, tau2: float) -> list[float]:
+        moments = super()._moments(gain, z, count, tau2)
+        if count == 2:
+            moments[1] = (gain * z if self.config["solver_type"] == "bh1" else moments[0]) / 2
+        return moments
+
+
+class SASolverScheduler(LogSnrScheduler):
+    """Stochastic Adams predictor-corrector with noise of adjustable strength tau (arXiv:2309.05019).
+
+    Args:
+        predictor_order, corrector_order: Orders of the Adams-Bashforth and Adams-Moulton steps, 1 to 4.
+        tau_func: Strength of the noise at a training step; by default 1 within 200..800, else 0.
+        algorithm_type: ``data_prediction`` or ``noise_prediction``, what is extrapolated.
+    """
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
+        trained_betas: Betas = None, predictor_order: int = 2, corrector_order: int = 2, prediction_type: str = "epsilon",
+        tau_func: Callable | None = None, thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0, algorithm_type: str = "data_prediction", lower_order_final: bool = True,
+        use_karras_sigmas: bool | None = False, use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False,
+        use_flow_sigmas: bool | None = False, flow_shift: float | None = 1.0, lambda_min_clipped: float = -math.inf,
+        variance_type: str | None = None, timestep_spacing: str = "linspace", steps_offset: int = 0,
+    ) -> None:  # fmt: skip
+        one_of("algorithm_type", algorithm_type, "data_prediction", "noise_prediction")
+        one_of("predictor_order", predictor_order, 1, 2, 3, 4)
+        one_of("corrector_order", corrector_order, 1, 2, 3, 4)
+        self._on_denoised = algorithm_type == "data_prediction"
+        self._build()
+        self._final_sigma = self._bounds[1]
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._last: tuple[torch.Tensor, int, float, torch.Tensor] | None = None  # sample, order, tau**2 and noise of the last step
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:
+        """Lays out a run of so many steps, with ``timesteps`` on ``device``."""
+        self._lay_out(device, num_inference_steps)
+
+    def step(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
+        return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`."""
+        count, i, x = self._count(), self._position(timestep), wide(sample)
+        noise = randn(model_output.shape, generator=generator, device=x.device, dtype=model_output.dtype)
+        return self._step(sample, (self.update(model_output, i, x, count, noise), None), return_dict)
+
+    def _levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # noise is added at the training step itself, wherever the run is
+        return super()._levels(timesteps) if self._flow else StepScheduler._levels(self, timesteps.long())  # type: ignore[arg-type]
+
+    def _strength(self, i: int) -> float:
+        """Returns tau squared at a position."""
+        tau, t = self.config["tau_func"], self._times[i]
+        return float(200 <= t <= 800) if tau is None else float(tau(t)) ** 2
+
+    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, count: int, noise: torch.Tensor) -> torch.Tensor:
+        """Corrects the sample (eq. 17, Adams-Moulton) and predicts the next one (eq. 14, Adams-Bashforth)."""
+        c, converted = self.config, self._convert(output, i, x)
+        if self._last is not None:
+            start, order, tau2, last_noise = self._last
+            x = self._transfer(start, i - 1, i, range(i, i - order, -1), (converted, *self._history[: order - 1]), last_noise, tau2)
+        self._history = [converted, *self._history[: max(c["predictor_order"], c["corrector_order"] - 1) - 1]]
+        left = count - i if c["lower_order_final"] else count
+        order, tau2 = min(c["predictor_order"], left, len(self._history)), self._strength(i)
+        self._last = x, min(c["corrector_order"], left + 1, len(self._history) + 1), tau2, noise
+        return self._transfer(x, i, i + 1, range(i, i - order, -1), self._history[:order], noise, tau2)
+
+    def _moments(self, gain: float, z: float, count: int, tau2: float) -> list[float]:
+        moments = super()._moments(gain, z, count, tau2)
+        if count == 2 and self._on_denoised:
+            moments[1] = gain * z / 2  # as in the published solver, for few steps
+        return moments
+
+
+class LMSDiscreteScheduler(ExplodingScheduler):
+    """Adams-Bashforth steps on uneven levels (linear multistep): the polynomial through the last slopes is integrated."""
+
+    predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction", "flow_prediction")
+
+    def __init__(
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
+        trained_betas: Betas = None, use_karras_sigmas: bool | None = False, use_exponential_sigmas: bool | None = False,
+        use_beta_sigmas: bool | None = False, prediction_type: str = "epsilon", timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+    ) -> None:  # fmt: skip
+        self._build()
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._history: list[torch.Tensor] = []  # slopes, the latest first
+
+    def step(
+        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, order: int = 4,
+        return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample with the slopes of up to ``order`` levels; see :class:`SchedulerMixin`."""
+        i, x = self._position(timestep), wide(sample)
+        here, there = self._sigmas[i : i + 2]
+        x0 = self._denoise(model_output, x, self._signal_noise(here)[0], here)
+        slope = model_output if self._direct else (x - x0).div_(here)
+        self._history = [slope, *self._history[: order - 1]]
+        step = there - here
+        nodes = [(self._sigmas[i - k] - here) / step for k in range(len(self._history))]
+        weights = polynomial_weights(nodes, [step / (k + 1) for k in range(len(nodes))])
+        return self._step(sample, (blend((1.0, *weights), (x, *self._history)), x0), return_dict)
+
+
+class IPNDMScheduler(SchedulerMixin):
+    """Adams-Bashforth steps of fourth order for networks with ``x = cos(a) * x0 + sin(a) * noise`` (improved PNDM).
+
+    ``timesteps`` are angles in units of a quarter turn, in 1..0. The network predicts ``cos(a) * noise - sin(a) * x0``.
+    """
+
+    def __init__(self, num_train_timesteps: int = 1000, trained_betas: Betas = None) -> None:
+        self.set_timesteps(num_train_timesteps)
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._history: list[torch.Tensor] = []
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
+        """Lays out a run of ``num_inference_steps``, with ``timesteps`` on ``device``."""
+        count = self.num_inference_steps = self._check_count(num_inference_steps)
+        trained = self.config["trained_betas"]
+        noise = np.sin(np.linspace(1, 0, count + 1) * math.pi / 2) ** 2 if trained is None else np.asarray(trained, np.float64)
+        signal = np.sqrt(1 - noise**2)
+        self._levels = list(zip(signal.tolist(), noise.tolist(), strict=True))
+        self._set_schedule((np.arctan2(noise, signal) / math.pi * 2)[:-1], device, torch.float32)
+
+    def step(
+        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
+    ) -> StepResult:
+        """Goes one step towards the clean sample; see :class:`SchedulerMixin`."""
+        self._count()
+        i, x = self._position(timestep), wide(sample)
+        (signal, noise), (next_signal, next_noise) = self._levels[i : i + 2]
+        self._history = [blend((noise, signal), (x, model_output)), *self._history[:3]]
+        nodes = [-float(k) for k in range(len(self._history))]
+        weights = polynomial_weights(nodes, [1 / (k + 1) for k in range(len(nodes))])
+        if not signal:  # pure noise, which says nothing of the clean sample: its mean, 0, stands for it
+            return self._step(sample, (x * next_noise, None), return_dict)
+        turn = next_noise - next_signal * noise / signal
+        new = blend((next_signal / signal, *(turn * w for w in weights)), (x, *self._history))
+        return self._step(sample, (new, None), return_dict)
