@@ -478,6 +478,15 @@ def test_latents_and_texts_are_cached(model: Path, data: Path, tmp_path: Path, m
         torch.testing.assert_close(first.data.texts[[0, 1]], pipe.text_encoder(tokens)[0], atol=1e-5, rtol=1e-5)
 
 
+def test_captions_that_are_cut_are_named(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "data").mkdir()
+    for k, text in enumerate(("red cat", "many " * 80)):
+        tiny.picture(k).save(tmp_path / "data" / f"{k}.png")
+        (tmp_path / "data" / f"{k}.txt").write_text(text)
+    TextToImage(settings(model, tmp_path / "data", tmp_path / "run"))
+    assert "1 of 3 captions are cut at 77 tokens, the first is 'many many" in caplog.text
+
+
 SMALL: dict[str, Any] = dict(
     block_out_channels=[8],
     down_block_types=["DownBlock2D"],
@@ -495,6 +504,7 @@ SMALL: dict[str, Any] = dict(
         (dict(resolution=37), r"resolution=37 must be a multiple of 4 for this model, such as 36"),
         (dict(unet={"sample_sise": 8}), "configuration of UNet2DConditionModel, which has no key 'sample_sise'; did you mean"),
         (dict(unet=dict(SMALL, cross_attention_dim=8)), "unet cross_attention_dim is 8, but the other parts want 32"),
+        (dict(text_encoder=dict(hidden_size=32, num_attention_heads=2, vocab_size=9)), "vocab_size is 9, but the tokenizer has"),
         (dict(unet=dict(SMALL, dropout=0.1)), "has dropout 0.1, which draws from the global random state"),
         (dict(scheduler={"prediction_type": "sample"}), "prediction_type='sample' cannot be trained"),
         (dict(scheduler={"rescale_betas_zero_snr": True}), "prediction_type='epsilon' cannot be learnt on a table that ends"),

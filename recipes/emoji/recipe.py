@@ -51,8 +51,8 @@ class Size:
 
 
 SIZES = {
-    "large": Size(None, 0.5, 128, 4096, 32, 3000),
-    "small": Size(CORE, 0.15, 64, 2048, 24, 3000),
+    "large": Size(None, 0.5, 128, 4096, 32, 1500),
+    "small": Size(CORE, 0.15, 64, 2048, 24, 1500),
     "smoke": Size(None, 0.5, 32, 600, 16, 30),
 }
 STAGES = ("data", "prepare", "autoencoder", "denoiser", "export", "evaluate")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from .objectives import Objective, draw_noise, draw_places
 from .processes import accelerator
 from .sampling import Sampler
 from .settings import TextToImageSettings
+
+log = logging.getLogger(__name__)
 
 
 class DenoiserLoss(nn.Module):
@@ -61,6 +64,7 @@ class Data:
         examples = read_examples(data)
         self.weights = [e.weight for e in examples]
         self.captions = Captions(examples)
+        task.warn_of_cuts(self.captions.texts)
         self.latents = Pictures(
             examples, cache / "latents", s.resolution, task.multiple, s.aspect_buckets, task.encode, fingerprint(task.vae)
         )
@@ -112,6 +116,13 @@ class TextToImage:
         """Tokens of texts, filled up or cut to the tokenizer's length: (B, N)."""
         length = self.tokenizer.model_max_length
         return self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+    def warn_of_cuts(self, texts: list[str]) -> None:
+        """Names captions that are longer than the text encoder reads."""
+        length = self.tokenizer.model_max_length
+        lengths = map(len, self.tokenizer(texts, verbose=False).input_ids)
+        if cut := [text for text, count in zip(texts, lengths, strict=True) if count > length]:
+            log.warning("%d of %d captions are cut at %d tokens, the first is %r", len(cut), len(texts), length, cut[0])
 
     def inputs(self, examples: list[int], draw: torch.Generator, held_out: bool = False) -> Inputs:
         s, data = self.settings, self.test if held_out else self.data
@@ -168,4 +179,9 @@ def assemble(s: TextToImageSettings) -> Any:
     ):
         if got != wanted:
             raise ConfigError(f"{what} is {got}, but the other parts want {wanted}: mend the table, or load parts that fit")
+    if text.vocab_size < len(parts["tokenizer"]):
+        remedy = "mend the table, or load parts that fit"
+        raise ConfigError(
+            f"text_encoder vocab_size is {text.vocab_size}, but the tokenizer has {len(parts['tokenizer'])}: {remedy}"
+        )
     return StableDiffusionPipeline(**parts)
