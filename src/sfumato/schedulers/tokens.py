@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from ..errors import ConfigError
 from ..random import Generators, categorical, rand
 from .base import Device, SchedulerMixin, SchedulerOutput, StepResult
 from .noise import one_of
@@ -36,6 +37,8 @@ class VQDiffusionScheduler(SchedulerMixin):
         # (alpha, beta, gamma) of each training step, alone and accumulated with all before it.
         self._single = np.stack([alpha, (1 - alpha - gamma) / tokens, gamma], 1).tolist()
         self._total = np.stack([kept, (1 - kept - masked) / tokens, masked], 1).tolist()
+        if min(beta for table in (self._single, self._total) for _, beta, _ in table) < 0:
+            raise ConfigError("alpha_cum and gamma_cum sum to more than 1, the probability of all: lower their start or their end")
         self.mask_class = tokens
         self._set_schedule(np.arange(num_train_timesteps)[::-1], None, torch.int64)
 
