@@ -10,10 +10,12 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import test_pipelines
 import torch
 from scheduler_configs import LATENT, SPACINGS, axis, grid
 from test_schedulers import SHAPE, case_id, close, generator, network
 
+import sfumato
 import sfumato.schedulers as ours
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -534,3 +536,12 @@ def test_steps_do_not_wait_for_the_device(name: str) -> None:
         else:
             x = scheduler.step(x, t.expand(2) if name == "DDPMWuerstchenScheduler" else t, x).prev_sample
     assert x.shape == (2, 4, 8, 8) and scheduler.timesteps.device.type == "meta"
+
+
+@pytest.mark.parametrize("scheduler", ["LCMScheduler", "TCDScheduler"])
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"])
+def test_pipelines_take_distilled_schedulers(checkpoint: Any, name: str, scheduler: str) -> None:
+    folder, reference = checkpoint(name)
+    pipe = test_pipelines.ours(folder, reference)
+    both = (test_pipelines.with_scheduler(*side, scheduler) for side in ((diffusers, reference), (sfumato, pipe)))
+    test_pipelines.assert_same(*both, **test_pipelines.CALLS[name])
