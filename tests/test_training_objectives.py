@@ -57,7 +57,7 @@ def test_zero_terminal_table_ends_in_noise() -> None:
 def test_flow_is_the_references(shift: float) -> None:
     reference = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     x0, noise = samples()
-    made = Objective("flow_prediction", torch.ones(1000), shift)
+    made = Objective.of(sfumato.FlowMatchEulerDiscreteScheduler(shift=shift))
     # the reference's table holds the shifted sigmas of 1/1000, 2/1000, ..., 1, descending
     index = torch.tensor([0, 100, 500, 750, 900, 999])
     levels = made.levels((1000 - index) / 1000)
