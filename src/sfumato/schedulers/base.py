@@ -14,7 +14,7 @@ import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ Betas = np.ndarray | list[float] | None
 Device = str | torch.device | None
 Update = tuple[torch.Tensor, torch.Tensor | None]
 """What a solver returns: the sample at the next level, and the denoised sample where it has one."""
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _S = TypeVar("_S", bound="SchedulerMixin")
 
@@ -139,6 +142,12 @@ class SchedulerMixin(ConfigMixin):
 
         names = dict.fromkeys([type(self).__name__, *(s.name for s in KarrasDiffusionSchedulers)])
         return [getattr(schedulers, name) for name in names]
+
+    def plot(self) -> Figure:
+        """Draws the current schedule; see :func:`sfumato.schedulers.plot.plot`."""
+        from .plot import plot
+
+        return plot(self)
 
     def fresh(self: _S) -> _S:
         """Returns an independent copy with the same schedule and no run state (index, history). Tables are shared."""
