@@ -313,10 +313,27 @@ def test_a_run_is_not_overwritten_nor_mixed(tmp_path: Path) -> None:
         toy(tmp_path / "a", steps=2)
     with pytest.raises(ConfigError, match=r"seed=1, but .*step-00000002 was trained with seed=0: resume with the old value"):
         toy(tmp_path / "a", steps=4, seed=1, resume=True)
+    task = LineTask(4)
+    task.sampler = Sampler([range(3)], [1.0] * 4, 4, 0)
+    with pytest.raises(ConfigError, match=r"examples='\w+', but .* was trained with examples='\w+'"):
+        Trainer(task, Settings(data="-", out=str(tmp_path / "a"), batch_size=4, steps=4, resume=True))
     state = tmp_path / "a" / "checkpoints" / "step-00000002" / "state.json"
     state.write_text(state.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(ConfigError, match="has format 2, expected 1"):
         toy(tmp_path / "a", steps=4, resume=True)
+
+
+def test_a_step_that_half_precision_skips_is_resumed_too(tmp_path: Path) -> None:
+    """The optimiser has no moments yet."""
+    first = toy(tmp_path / "a", steps=30, precision="fp16", checkpoint_every=50)
+    first.scaler.load_state_dict({**first.scaler.state_dict(), "scale": 2.0**127})  # overflows: the first steps are left out
+    first.make_step()
+    assert not first.optimizer.state
+    first.save_checkpoint()
+    second = toy(tmp_path / "a", steps=30, precision="fp16", checkpoint_every=50, resume=True)
+    for _ in range(20):
+        first.make_step(), second.make_step()
+    assert second.task.module.value.item() == first.task.module.value.item() != 0
 
 
 # --- checkpoints that survive

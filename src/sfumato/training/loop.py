@@ -86,6 +86,7 @@ class Trainer:
         )
         self.schedule: Any = get_scheduler(settings.schedule, self.optimizer, settings.warmup, settings.steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self.identity = {**settings.identity(), "examples": task.sampler.version}
         self._resume()
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ class Trainer:
             raise ConfigError(
                 f"out={str(self.folder)!r} holds {newest.name} of an earlier run: add --resume, or name another --out"
             )
-        self.step, tensors, state = checkpoint.load(newest, self.settings.identity())
+        self.step, tensors, state = checkpoint.load(newest, self.identity)
         for prefix, kept in (("model.", self.parameters), ("ema.", self.average)):
             for name, tensor in kept.items():
                 tensor.data.copy_(tensors[prefix + name])
@@ -127,8 +128,8 @@ class Trainer:
         tensors = {f"model.{n}": p for n, p in self.parameters.items()} | {f"ema.{n}": p for n, p in self.average.items()}
         moments = self.optimizer.state_dict()["state"]
         for index, name in enumerate(self.parameters):
-            tensors |= {f"optimizer.{name}/{k}": v for k, v in moments[index].items()}
-        state = {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(), "settings": self.settings.identity()}
+            tensors |= {f"optimizer.{name}/{k}": v for k, v in moments.get(index, {}).items()}
+        state = {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(), "settings": self.identity}
         checkpoint.save(self.checkpoints, self.step, tensors, state, self.settings.keep)
 
     # --- steps ------------------------------------------------------------------------------------------------------

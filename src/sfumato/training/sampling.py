@@ -55,10 +55,14 @@ class Sampler:
         weights: How often an example is drawn.
         size: Of a batch.
         seed: What the order follows from.
+
+    Attributes:
+        version: Differs where the examples are others.
     """
 
     def __init__(self, buckets: Sequence[Sequence[int]], weights: Sequence[float], size: int, seed: int) -> None:
         self.buckets, self.size, self.seed = [torch.tensor(b) for b in buckets], size, seed
+        self.version = hashlib.blake2b(repr((list(map(list, buckets)), list(weights))).encode(), digest_size=8).hexdigest()
         self.counts = [math.ceil(len(b) / size) for b in buckets]
         self.epoch = functools.lru_cache(maxsize=1)(self._epoch)
         every = torch.tensor(weights, dtype=torch.float64)
