@@ -128,7 +128,7 @@ class Trainer:
         tensors = {f"model.{n}": p for n, p in self.parameters.items()} | {f"ema.{n}": p for n, p in self.average.items()}
         moments = self.optimizer.state_dict()["state"]
         for index, name in enumerate(self.parameters):
-            tensors |= {f"optimizer.{name}/{k}": v for k, v in moments.get(index, {}).items()}
+            tensors |= {f"optimizer.{name}/{k}": v for k, v in moments[index].items()}
         state = {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(), "settings": self.identity}
         checkpoint.save(self.checkpoints, self.step, tensors, state, self.settings.keep)
 
