@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 
 import sfumato
+from sfumato.training.settings import AutoencoderSettings, TextToImageSettings
+from sfumato.weights import build_on_meta
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "emoji"
 sys.path.insert(0, str(RECIPE))
@@ -26,6 +28,7 @@ import concepts  # noqa: E402
 import drawings  # noqa: E402
 import evaluate  # noqa: E402
 import prepare  # noqa: E402
+import recipe  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,27 @@ def test_stages_go_on_where_they_ended(chain: tuple[Path, Path]) -> None:
     said = run(work, out, "denoiser", "export")
     assert "going on from" in said and "step 20 of 20" not in said
     assert (work / "denoiser" / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("size", recipe.SIZES)
+def test_sizes_fit_together(size: str) -> None:
+    """Every table is known to the settings and to its network, the parts fit, and the whole stays below 45 MB in float16."""
+    folder = RECIPE / "sizes" / size
+    vae = AutoencoderSettings.read(folder / "autoencoder.toml", data="d", out="o")
+    denoiser = TextToImageSettings.read(folder / "denoiser.toml", data="d", out="o")
+    text = {**denoiser.text_encoder, "vocab_size": recipe.SIZES[size].vocabulary}  # type: ignore[dict-item]
+    tables = {"AutoencoderKL": vae.vae, "UNet2DConditionModel": denoiser.unet, "CLIPTextModel": text}
+    networks = {name: build_on_meta(getattr(sfumato, name), table) for name, table in tables.items()}
+    for name, table in tables.items():
+        assert set(table) <= set(getattr(sfumato, name)._init_parameters())
+    assert sum(network.num_parameters() for network in networks.values()) * 2 < 45e6
+    config = networks["UNet2DConditionModel"].config
+    assert config.cross_attention_dim == networks["CLIPTextModel"].config.hidden_size
+    assert networks["CLIPTextModel"].config.max_position_embeddings == recipe.SIZES[size].length
+    factor = 2 ** (len(networks["AutoencoderKL"].config.block_out_channels) - 1)
+    assert config.sample_size * factor == vae.resolution == denoiser.resolution == recipe.SIZES[size].edge
+    scheduler = sfumato.DDIMScheduler.from_config(denoiser.scheduler)
+    assert scheduler.alphas_cumprod[-1] == 0 and scheduler.config.timestep_spacing == "trailing"
 
 
 def test_held_out_pairs() -> None:
