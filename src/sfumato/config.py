@@ -156,7 +156,7 @@ def _bind(cls: type[ConfigMixin], signature: inspect.Signature, args: tuple, kwa
     bound = signature.bind(None, *args, **kwargs)
     given = [name for name in bound.arguments if name in known]
     bound.apply_defaults()
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in bound.arguments.items() if k in known}
+    values = {k: list(v) if isinstance(v, (tuple, list)) else v for k, v in bound.arguments.items() if k in known}
     defaulted = [name for name in known if name not in given]
     return FrozenConfig({**values, "_class_name": cls.__name__, "_use_default_values": defaulted})
 

@@ -12,22 +12,24 @@ import enum
 import math
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..config import ConfigMixin, read_json
 from ..errors import ConfigError
 from ..outputs import BaseOutput
+from .keys import KEYS, document, signature
 from .noise import beta_table, integer_steps, one_of, rescale_zero_terminal_snr, shift_flow_sigmas, sigma_ramp
 from .prediction import denoised_coefficients, dynamic_threshold, mix
 
-Betas = np.ndarray | list[float] | None
 Device = str | torch.device | None
-Update = tuple[torch.Tensor, torch.Tensor | None]
+Time = float | Tensor
+Update = tuple[Tensor, Tensor | None]
 """What a solver returns: the sample at the next level, and the denoised sample where it has one."""
 
 if TYPE_CHECKING:
@@ -53,11 +55,11 @@ class SchedulerOutput(BaseOutput):
         pred_original_sample: The clean sample as predicted from this step, where the solver has it; float32 for half precision.
     """
 
-    prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor | None = None
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
 
 
-StepResult = SchedulerOutput | tuple[torch.Tensor, ...]
+StepResult = SchedulerOutput | tuple[Tensor, ...]
 
 
 class SchedulerMixin(ConfigMixin):
@@ -70,20 +72,6 @@ class SchedulerMixin(ConfigMixin):
         order: Network evaluations per step.
         init_noise_sigma: Standard deviation of the noise that sampling starts from.
 
-    Configuration keys of several classes (each class documents its own):
-        num_train_timesteps: Steps the model was trained with.
-        beta_start, beta_end, beta_schedule, trained_betas: See :func:`sfumato.schedulers.noise.beta_table`.
-        rescale_betas_zero_snr: Rescale the table to zero terminal signal (arXiv:2305.08891).
-        prediction_type: See :func:`sfumato.schedulers.prediction.denoised_coefficients`; one of the class's ``predictions``.
-        clip_sample, clip_sample_range: Whether and where to clip the denoised sample.
-        thresholding, dynamic_thresholding_ratio, sample_max_value: Threshold the denoised sample dynamically, for models in
-            pixels; see :func:`sfumato.schedulers.prediction.dynamic_threshold`.
-        variance_type: ``learned`` and ``learned_range``: the network appends as many channels of variance to its output.
-        timestep_spacing, steps_offset: See :func:`sfumato.schedulers.noise.integer_steps`.
-        set_alpha_to_one: The last step ends at the clean sample; else at the level of training step 0.
-        use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: Spacing of the sigmas; at most one.
-        final_sigmas_type: The run ends at ``zero`` noise, or at ``sigma_min``, the table's smallest level.
-
     Arguments of ``step``, which goes one step towards the clean sample:
         model_output: ``(B, C, ...)``, or ``(B, 2C, ...)`` with a learned variance.
         timestep: Of this step, an element of ``timesteps``; solvers on sigmas read it in a run's first step only.
@@ -94,14 +82,37 @@ class SchedulerMixin(ConfigMixin):
     """
 
     config_name = "scheduler_config.json"
+    config_keys: ClassVar[str]  # names of keys and groups of the catalogue, see keys.py
+    config_defaults: ClassVar[Mapping[str, Any]] = {}  # where they differ from the catalogue's
     order: ClassVar[int] = 1
     _output: ClassVar[Callable[..., Any]] = SchedulerOutput
     init_noise_sigma: float = 1.0
     num_inference_steps: int | None = None
-    timesteps: torch.Tensor
+    timesteps: Tensor
     step_index: int | None = None
     begin_index: int | None = None
     _times: list[float]
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if "config_keys" in cls.__dict__:
+            taken = signature(cls.config_keys, cls.__dict__.get("config_defaults", {}))
+
+            def __init__(self: SchedulerMixin, *args: Any, **kwargs: Any) -> None:
+                for name in [name for name in taken.parameters if name in KEYS and KEYS[name].choices]:
+                    one_of(name, self.config[name], *KEYS[name].choices)
+                self._build()
+
+            __init__.__signature__ = taken  # type: ignore[attr-defined]
+            cls.__init__ = __init__  # type: ignore[method-assign]
+            cls.__doc__ = f"{cls.__doc__}\n\n{document(taken)}"
+        super().__init_subclass__(**kwargs)
+
+    def _build(self) -> None:
+        """Checks the configuration and builds the tables."""
 
     def _own(self, key: str, default: Any) -> Any:
         """Returns a configuration value if this class has the key: the configuration also keeps keys of related classes."""
@@ -163,7 +174,7 @@ class SchedulerMixin(ConfigMixin):
         """Makes the run begin at this position of the schedule (image-to-image starts part of the way)."""
         self.begin_index = begin_index
 
-    def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
+    def index_for_timestep(self, timestep: Time) -> int:
         """Returns the position of a timestep in the schedule, or raises a ValueError if it is not there.
 
         Of a timestep that occurs more than once the second position counts (a run that begins there must not step twice),
@@ -179,7 +190,7 @@ class SchedulerMixin(ConfigMixin):
         shown = ", ".join([*(f"{t:g}" for t in self._times[:4]), "..."][: len(self._times)])
         return ValueError(f"timestep={timestep:g} is not in the schedule: pass one of scheduler.timesteps ({shown})")
 
-    def _position(self, timestep: float | torch.Tensor | None) -> int:
+    def _position(self, timestep: Time | None) -> int:
         """Returns the position of this step. Only the first step of a run may wait for the device, to read the timestep."""
         if self.step_index is None:
             if timestep is None:
@@ -189,13 +200,13 @@ class SchedulerMixin(ConfigMixin):
             raise ValueError(f"the schedule of {len(self._times)} steps is at its end: call set_timesteps before the next run")
         return self.step_index
 
-    def _begin(self, timestep: float | torch.Tensor) -> int:
+    def _begin(self, timestep: Time) -> int:
         """Returns the position of a run's first step."""
         return self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
 
-    def _time(self, timestep: float | torch.Tensor) -> float:
+    def _time(self, timestep: Time) -> float:
         """Returns the timestep as a number; to read an element of ``timesteps``, or a view of it, does not wait for the device."""
-        if not isinstance(timestep, torch.Tensor) or (timestep.numel() == 1 and timestep.device.type == "cpu"):
+        if not isinstance(timestep, Tensor) or (timestep.numel() == 1 and timestep.device.type == "cpu"):
             return float(timestep)
         one = timestep.dtype == self.timesteps.dtype and (timestep.numel() == 1 or not any(timestep.stride()))
         if one and timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
@@ -223,7 +234,7 @@ class SchedulerMixin(ConfigMixin):
             raise ValueError("the schedule is not laid out: call set_timesteps(num_inference_steps) before step")
         return self.num_inference_steps
 
-    def _alpha_bar_table(self, floor: float = 0.0) -> torch.Tensor:
+    def _alpha_bar_table(self, floor: float = 0.0) -> Tensor:
         """Builds ``betas``, ``alphas`` and ``alphas_cumprod`` (float32, one per training step) from the configuration."""
         ends = self._own("beta_start", 0.0001), self._own("beta_end", 0.02)
         self.betas = beta_table(self.config["beta_schedule"], len(self), *ends, self._own("trained_betas", None))
@@ -235,11 +246,11 @@ class SchedulerMixin(ConfigMixin):
             self.alphas_cumprod[-1] = floor
         return self.alphas_cumprod
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
         """Returns the sample as the network expects it at this timestep: unchanged, unless a scheduler says otherwise."""
         return sample
 
-    def _step(self, sample: torch.Tensor, new: Update, return_dict: bool) -> StepResult:
+    def _step(self, sample: Tensor, new: Update, return_dict: bool) -> StepResult:
         """Moves on by one position and wraps the solver's ``(next sample, denoised sample or None)``."""
         if self.step_index is not None:
             self.step_index += 1
@@ -261,7 +272,7 @@ class LevelScheduler(SchedulerMixin):
         self._thresholds, self._clips = self._own("thresholding", False), self._own("clip_sample", False)
         self._range = self._own("clip_sample_range", 1.0)  # RePaint clips without having the key
 
-    def _denoise(self, output: torch.Tensor, x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
+    def _denoise(self, output: Tensor, x: Tensor, alpha: float, sigma: float) -> Tensor:
         """Returns the denoised sample of ``x = alpha * x0 + sigma * noise``, bounded as the configuration says."""
         c = self.config
         x0 = mix(self._coefficients(alpha, sigma), x, output)
@@ -273,16 +284,16 @@ class LevelScheduler(SchedulerMixin):
         """Returns ``(a, b)`` with ``x0 = a * x + b * output``."""
         return denoised_coefficients(self._kind, alpha, sigma)
 
-    def _levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the factors of signal and noise at ``timesteps``, all ``(B,)``."""
         raise NotImplementedError
 
-    def _factors(self, timesteps: torch.Tensor, sample: torch.Tensor) -> list[torch.Tensor]:
+    def _factors(self, timesteps: Tensor, sample: Tensor) -> list[Tensor]:
         """Returns the same factors as ``(B, 1, 1, ...)``, ready to multiply ``sample``."""
         shape, dtype = (-1, *[1] * (sample.ndim - 1)), torch.promote_types(sample.dtype, torch.float32)
         return [factor.to(sample.device, dtype).view(shape) for factor in self._levels(timesteps)]
 
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noises clean samples to the level of ``timesteps``.
 
         A scheduler with sigmas whose run has begun (or whose begin is set) noises to the level of the run, whatever
@@ -295,7 +306,7 @@ class LevelScheduler(SchedulerMixin):
         signal, spread = self._factors(timesteps, original_samples)
         return (signal * original_samples + spread * noise).to(original_samples.dtype)
 
-    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Returns ``alpha * noise - sigma * sample`` at ``timesteps``, the target of ``v_prediction`` (arXiv:2202.00512)."""
         signal, spread = self._factors(timesteps, sample)
         return ((signal * noise - spread * sample) / (signal**2 + spread**2).sqrt()).to(sample.dtype)
@@ -325,7 +336,7 @@ class StepScheduler(LevelScheduler):
         """Lays out a run of ``num_inference_steps``, at most as many as training steps, with ``timesteps`` on ``device``."""
         self._set_schedule(self._stops(num_inference_steps), device, torch.int64)
 
-    def _training_step(self, timestep: float | torch.Tensor) -> int:
+    def _training_step(self, timestep: Time) -> int:
         """Returns the timestep as a valid integer."""
         value = self._time(timestep)
         if value != int(value) or not 0 <= value < len(self._alpha_bar):
@@ -335,7 +346,7 @@ class StepScheduler(LevelScheduler):
     def _alpha_bar_at(self, step: int) -> float:
         return self._alpha_bar[step] if step >= 0 else self._final_alpha_bar
 
-    def _levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         alpha_bar = self.alphas_cumprod.to(timesteps.device)[timesteps]
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
@@ -347,14 +358,12 @@ class SigmaScheduler(LevelScheduler):
         sigmas: Noise levels of the run and the level it ends at, float32 ``(steps + 1,)``, on the CPU.
     """
 
-    sigmas: torch.Tensor
+    sigmas: Tensor
     _shift = 1.0  # static shift of a flow's levels
     _flow = False  # whether samples are mixtures (1 - sigma) * x0 + sigma * noise (arXiv:2210.02747)
 
     def _build(self) -> None:
         super()._build()
-        one_of("timestep_spacing", self._own("timestep_spacing", "linspace"), "linspace", "leading", "trailing")
-        one_of("final_sigmas_type", self._own("final_sigmas_type", "zero"), "zero", "sigma_min")
         self._ramp = self._read_ramp()
         alpha_bar = self._alpha_bar_table(floor=2.0**-24)  # zero signal, too, needs a finite sigma: 4096
         self._table = ((1 - alpha_bar) / alpha_bar).sqrt().numpy()  # float32 (training steps,), ascending
@@ -413,7 +422,7 @@ class SigmaScheduler(LevelScheduler):
             return np.append(1 - levels, 1.0), (1 - levels) * total
         return np.append(levels, 0.0), times
 
-    def _levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         begun = self.begin_index if self.step_index is None else self.step_index
         places = [self.index_for_timestep(t) for t in timesteps.flatten().tolist()] if begun is None else [begun]
         factors = torch.tensor([self._signal_noise(self._sigmas[i]) for i in places], dtype=torch.float64)
@@ -431,6 +440,6 @@ def one_source(**sources: object) -> None:
         raise ValueError(f"set_timesteps takes exactly one of {', '.join(sources)}; given: {', '.join(given) or 'none'}")
 
 
-def wide(sample: torch.Tensor) -> torch.Tensor:
+def wide(sample: Tensor) -> Tensor:
     """Returns the sample in at least float32, in which all solvers calculate."""
     return sample if sample.dtype in (torch.float32, torch.float64) else sample.float()

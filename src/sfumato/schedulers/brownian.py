@@ -6,6 +6,7 @@ import math
 import os
 
 import torch
+from torch import Tensor
 
 from ..random import Generators
 
@@ -26,7 +27,7 @@ class BrownianNoise:
     """
 
     def __init__(
-        self, like: torch.Tensor, low: float, high: float, *, seed: int | list[int] | None = None, generator: Generators = None
+        self, like: Tensor, low: float, high: float, *, seed: int | list[int] | None = None, generator: Generators = None
     ) -> None:
         try:
             from torchsde import BrownianInterval
@@ -43,7 +44,7 @@ class BrownianNoise:
         self._paths = [BrownianInterval(low, high, size=size, entropy=s, **options) for s in seeds]
         self._ends, self._like = (low, high), like
 
-    def __call__(self, start: float, end: float) -> torch.Tensor:
+    def __call__(self, start: float, end: float) -> Tensor:
         """Returns the increment between two levels in the interval, in either order, over the root of their distance."""
         low, high = (min(max(level, self._ends[0]), self._ends[1]) for level in sorted((start, end)))
         if high - low < 1e-6 * high:  # nearer than the tree tells apart

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..outputs import BaseOutput
 from ..random import Generators, randn
-from .base import Betas, Device, SchedulerMixin, SigmaScheduler, StepResult, StepScheduler, Update, one_source, wide
+from .base import Device, SchedulerMixin, SigmaScheduler, StepResult, StepScheduler, Time, Update, one_source, wide
 from .noise import beta_table, given_steps, one_of, sigma_ramp
 from .prediction import denoised_coefficients, mix, noise_coefficients
 
@@ -25,16 +26,16 @@ from .prediction import denoised_coefficients, mix, noise_coefficients
 class LCMSchedulerOutput(BaseOutput):
     """Result of a step: the next sample ``prev_sample``, and the clean one, ``denoised``, both in the sample's shape."""
 
-    prev_sample: torch.Tensor
-    denoised: torch.Tensor | None = None
+    prev_sample: Tensor
+    denoised: Tensor | None = None
 
 
 @dataclass
 class TCDSchedulerOutput(BaseOutput):
     """Result of a step: the next sample ``prev_sample``, and what it was before fresh noise, ``pred_noised_sample``."""
 
-    prev_sample: torch.Tensor
-    pred_noised_sample: torch.Tensor | None = None
+    prev_sample: Tensor
+    pred_noised_sample: Tensor | None = None
 
 
 class ConsistencyScheduler(SchedulerMixin):
@@ -43,9 +44,8 @@ class ConsistencyScheduler(SchedulerMixin):
     _tells_denoised = True  # whether the clean sample is part of a step's result
 
     def step(
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> StepResult:
         """Jumps to the clean sample and, unless it is the last step, back with noise; see :class:`SchedulerMixin`."""
         self._count()
         i = self._position(timestep)
@@ -56,31 +56,25 @@ class ConsistencyScheduler(SchedulerMixin):
             new = mix(levels, x0, noise)
         return self._step(sample, (new, x0 if self._tells_denoised else None), return_dict)
 
-    update: Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+    update: Callable[[Tensor, int, Tensor], Tensor]
     """Returns the clean sample, from the output, the position and the sample: the consistency function."""
     _next_level: Callable[[int], tuple[float, float] | None]
     """Returns the factors of signal and noise at the level after a position; ``None`` draws no noise."""
 
 
 class DistilledScheduler(StepScheduler):
-    """Base of samplers for models distilled on the training steps of another sampler.
-
-    Args:
-        original_inference_steps: Number of steps of that sampler, from which a run's are taken.
-        timestep_scaling: Sharpness of LCM's boundary condition in training steps.
-    """
+    """Base of samplers for models distilled on the training steps of another sampler."""
 
     _resets_origin = False  # whether set_timesteps(original_inference_steps=...) takes all training steps, whatever it says
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
-        beta_schedule: str = "scaled_linear", trained_betas: Betas = None, original_inference_steps: int = 50,
-        clip_sample: bool = False, clip_sample_range: float = 1.0, set_alpha_to_one: bool = True, steps_offset: int = 0,
-        prediction_type: str = "epsilon", thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0, timestep_spacing: str = "leading", timestep_scaling: float = 10.0,
-        rescale_betas_zero_snr: bool = False,
-    ) -> None:  # fmt: skip
-        self._build()
+    config_keys = (
+        "BETAS original_inference_steps clip_sample clip_sample_range set_alpha_to_one steps_offset"
+        " prediction_type LIMITS timestep_spacing timestep_scaling rescale_betas_zero_snr"
+    )
+    config_defaults = {
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+        "timestep_spacing": "leading",
+    }  # fmt: skip
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, original_inference_steps: int | None = None,
@@ -121,7 +115,7 @@ class LCMScheduler(ConsistencyScheduler, DistilledScheduler):
         scaled = timestep * self.config["timestep_scaling"]
         return 0.25 / (scaled**2 + 0.25), scaled / math.sqrt(scaled**2 + 0.25)
 
-    def update(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor) -> Tensor:
         """The consistency function on the denoised sample (arXiv:2310.04378 eq. 9)."""
         t = int(self._times[i])
         x0 = self._denoise(output, x, math.sqrt(self._alpha_bar[t]), math.sqrt(1 - self._alpha_bar[t]))
@@ -145,8 +139,8 @@ class TCDScheduler(DistilledScheduler):
     _resets_origin = True
 
     def step(
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, eta: float = 0.3,
-        generator: Generators = None, return_dict: bool = True,
+        self, model_output: Tensor, timestep: Time, sample: Tensor, eta: float = 0.3, generator: Generators = None,
+        return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
         """Goes one step towards the clean sample; see :class:`SchedulerMixin`.
 
@@ -161,7 +155,7 @@ class TCDScheduler(DistilledScheduler):
             noise = randn(model_output.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
         return self._step(sample, self.update(model_output, i, wide(sample), eta, noise), return_dict)
 
-    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, eta: float, noise: torch.Tensor | None) -> Update:
+    def update(self, output: Tensor, i: int, x: Tensor, eta: float, noise: Tensor | None) -> Update:
         """Strategic stochastic sampling (algorithm 4): down to a level beyond the next, and up from there with noise."""
         following = int([*self._times, 0][i + 1])
         here, there = self._alpha_bar[int(self._times[i])], self._alpha_bar[following]
@@ -174,24 +168,16 @@ class TCDScheduler(DistilledScheduler):
 
 
 class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
-    """Consistency models in variance-exploding form (arXiv:2303.01469).
-
-    Args:
-        num_train_timesteps: Number of levels that the model was trained on.
-        sigma_min, sigma_max, rho: See :func:`sfumato.schedulers.noise.sigma_ramp`.
-        sigma_data: Standard deviation of the data.
-        s_noise: Factor of the noise.
-        clip_denoised: Clip the clean sample to -1..1.
-    """
+    """Consistency models in variance-exploding form (arXiv:2303.01469)."""
 
     _tells_denoised = False
 
-    def __init__(
-        self, num_train_timesteps: int = 40, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5,
-        s_noise: float = 1.0, rho: float = 7.0, clip_denoised: bool = True,
-    ) -> None:  # fmt: skip
-        self.init_noise_sigma = sigma_max
-        self._lay_out(np.arange(num_train_timesteps), None)
+    config_keys = "num_train_timesteps sigma_min sigma_max sigma_data s_noise rho clip_denoised"
+    config_defaults = {"num_train_timesteps": 40, "sigma_min": 0.002, "sigma_max": 80.0}
+
+    def _build(self) -> None:
+        self.init_noise_sigma = self.config["sigma_max"]
+        self._lay_out(np.arange(len(self)), None)
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[int] | None = None
@@ -222,7 +208,7 @@ class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
         """Returns what the network is told of noise levels: ``250 * log(sigma)``."""
         return 250 * np.log(np.asarray(sigmas) + 1e-44)
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
         """Brings the sample at this timestep to unit variance."""
         sigma = self._sigmas[self._position(timestep)]
         return sample * (1 / math.sqrt(sigma**2 + self.config["sigma_data"] ** 2))
@@ -232,7 +218,7 @@ class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
         data, above = self.config["sigma_data"], sigma - self.config["sigma_min"]
         return data**2 / (above**2 + data**2), above * data / math.sqrt(sigma**2 + data**2)
 
-    def update(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor) -> Tensor:
         """The consistency function (eq. 5)."""
         skip, out = self.get_scalings_for_boundary_condition(self._sigmas[i])
         x0 = mix((skip, out), x, output)
@@ -249,10 +235,13 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler):
 
     _tells_denoised = False
 
-    def __init__(self, num_train_timesteps: int = 1024, sigma_data: float = 0.5) -> None:
-        if num_train_timesteps <= 1008:
-            raise ConfigError(f"num_train_timesteps={num_train_timesteps}, expected 1024: the decoder steps from 1008 to 512")
-        self._alpha_bar = (1 - beta_table("squaredcos_cap_v2", num_train_timesteps, 0, 0)).cumprod(0).tolist()
+    config_keys = "num_train_timesteps sigma_data"
+    config_defaults = {"num_train_timesteps": 1024}
+
+    def _build(self) -> None:
+        if len(self) <= 1008:
+            raise ConfigError(f"num_train_timesteps={len(self)}, expected 1024: the decoder steps from 1008 to 512")
+        self._alpha_bar = (1 - beta_table("squaredcos_cap_v2", len(self), 0, 0)).cumprod(0).tolist()
         self.init_noise_sigma = math.sqrt(1 - self._alpha_bar[1008])
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:
@@ -262,21 +251,21 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler):
         self.num_inference_steps = 2
         self._set_schedule(np.array([1008, 512]), device, torch.int64)
 
-    def _position(self, timestep: float | torch.Tensor | None) -> int:
+    def _position(self, timestep: Time | None) -> int:
         return self.index_for_timestep(self._time(timestep))  # type: ignore[arg-type]
 
-    def _deviation(self, timestep: float | torch.Tensor | None) -> tuple[float, float, float]:
+    def _deviation(self, timestep: Time | None) -> tuple[float, float, float]:
         """Returns signal, noise-to-signal ratio and total deviation of ``x / signal`` at a timestep."""
         signal = math.sqrt(self._alpha_bar[int(self._time(timestep))])  # type: ignore[arg-type]
         sigma = math.sqrt(1 / signal**2 - 1)
         return signal, sigma, math.sqrt(sigma**2 + self.config["sigma_data"] ** 2)
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
         """Brings the sample at this timestep to unit variance."""
         signal, _, deviation = self._deviation(timestep)
         return sample * (1 / (signal * deviation))
 
-    def update(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor) -> Tensor:
         """The consistency function (arXiv:2303.01469 eq. 5 and appendix C) of a sample in variance-preserving form."""
         signal, sigma, deviation = self._deviation(self._times[i])
         data = self.config["sigma_data"]
@@ -288,19 +277,17 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler):
 
 
 class SCMScheduler(ConsistencyScheduler):
-    """Continuous-time consistency models in TrigFlow (arXiv:2410.11081); the last of ``timesteps`` is where the run ends.
+    """Continuous-time consistency models in TrigFlow (arXiv:2410.11081); the last of ``timesteps`` is where the run ends."""
 
-    Args:
-        prediction_type: ``trigflow``, the velocity along ``cos(t) * x0 + sin(t) * noise``.
-        sigma_data: Standard deviation of the data, and of the noise.
-    """
+    config_keys = "num_train_timesteps prediction_type sigma_data"
+    config_defaults = {"prediction_type": "trigflow"}
 
-    def __init__(self, num_train_timesteps: int = 1000, prediction_type: str = "trigflow", sigma_data: float = 0.5) -> None:
-        one_of("prediction_type", prediction_type, "trigflow")
-        self._set_schedule(np.arange(num_train_timesteps)[::-1], None, torch.int64)
+    def _build(self) -> None:
+        one_of("prediction_type", self.config["prediction_type"], "trigflow")
+        self._set_schedule(np.arange(len(self))[::-1], None, torch.int64)
 
     def set_timesteps(
-        self, num_inference_steps: int, timesteps: list[float] | torch.Tensor | None = None, device: Device = None,
+        self, num_inference_steps: int, timesteps: list[float] | Tensor | None = None, device: Device = None,
         max_timesteps: float | None = 1.57080, intermediate_timesteps: float | None = 1.3,
     ) -> None:  # fmt: skip
         """Lays out a run from ``max_timesteps`` (at most pi / 2) to 0.
@@ -328,7 +315,7 @@ class SCMScheduler(ConsistencyScheduler):
         self._set_schedule(times, device, torch.float32)
         self._ends, self._times = self._times[1:], self._times[:-1]
 
-    def update(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor) -> Tensor:
         """The consistency function (eq. 5): the rest of the way along the circle."""
         return mix((math.cos(self._times[i]), -math.sin(self._times[i])), x, output)
 

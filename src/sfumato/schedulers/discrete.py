@@ -12,31 +12,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..random import Generators, randn
-from .base import Betas, Device, StepResult, StepScheduler, Update, one_source, wide
+from .base import Device, StepResult, StepScheduler, Time, Update, one_source, wide
 from .noise import given_steps, one_of
 from .prediction import mix, noise_coefficients, split_variance
 
 
 class DDPMScheduler(StepScheduler):
-    """Ancestral sampling from the posterior of the forward process (arXiv:2006.11239).
+    """Ancestral sampling from the posterior of the forward process (arXiv:2006.11239)."""
 
-    Args:
-        variance_type: Variance of the noise added back: ``fixed_small`` (posterior), ``fixed_large`` (beta), ``learned`` or
-            ``learned_range`` (predicted, arXiv:2102.09672 eq. 15). The forms that end in ``_log`` give the same samples.
-    """
+    config_keys = (
+        "BETAS variance_type clip_sample prediction_type thresholding dynamic_thresholding_ratio clip_sample_range"
+        " sample_max_value SPACING rescale_betas_zero_snr"
+    )
+    config_defaults = {"variance_type": "fixed_small", "timestep_spacing": "leading"}
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: Betas = None, variance_type: str | None = "fixed_small", clip_sample: bool = True,
-        prediction_type: str = "epsilon", thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0, sample_max_value: float = 1.0, timestep_spacing: str = "leading", steps_offset: int = 0,
-        rescale_betas_zero_snr: bool = False,
-    ) -> None:  # fmt: skip
+    def _build(self) -> None:
         fixed = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
-        one_of("variance_type", variance_type, *fixed, "learned", "learned_range", None)
-        self._build()
+        one_of("variance_type", self.config["variance_type"], *fixed, "learned", "learned_range", None)
+        super()._build()
         self._following = {t: t - 1 for t in range(len(self))}
 
     def set_timesteps(
@@ -54,16 +50,15 @@ class DDPMScheduler(StepScheduler):
         self._following = dict(pairwise([*stops.tolist(), -1]))
 
     def step(
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> StepResult:
         """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`."""
         t = self._training_step(timestep)
         if t not in self._following:
             raise self._no_such(t)
         return self._step(sample, self.update(model_output, t, self._following[t], wide(sample), generator), return_dict)
 
-    def update(self, output: torch.Tensor, t: int, following: int, x: torch.Tensor, generator: Generators) -> Update:
+    def update(self, output: Tensor, t: int, following: int, x: Tensor, generator: Generators) -> Update:
         """Posterior mean (eq. 7) plus noise; the step to zero draws none."""
         alpha_bar, previous, beta = self._alpha_bar[t], self._alpha_bar_at(following), self._beta(t, following)
         output, predicted = split_variance(output, x.shape[1], self.config["variance_type"])
@@ -78,13 +73,13 @@ class DDPMScheduler(StepScheduler):
         """Returns the variance of the noise between two training steps."""
         return 1 - self._alpha_bar[t] / self._alpha_bar_at(following)
 
-    def _mean(self, output: torch.Tensor, alpha_bar: float, previous: float, beta: float, x: torch.Tensor) -> Update:
+    def _mean(self, output: Tensor, alpha_bar: float, previous: float, beta: float, x: Tensor) -> Update:
         """Returns the posterior's mean (eq. 7) and the denoised sample."""
         x0 = self._denoise(output, x, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
         weights = math.sqrt(previous) * beta / (1 - alpha_bar), math.sqrt(1 - beta) * (1 - previous) / (1 - alpha_bar)
         return mix(weights, x0, x), x0
 
-    def _deviation(self, small: float, large: float, predicted: torch.Tensor | None) -> torch.Tensor | float:
+    def _deviation(self, small: float, large: float, predicted: Tensor | None) -> Tensor | float:
         """Returns the standard deviation of the noise, between the posterior's variance and beta."""
         kind = self.config["variance_type"]
         if kind not in ("learned", "learned_range"):
@@ -100,19 +95,15 @@ class DDPMScheduler(StepScheduler):
 class DDIMScheduler(StepScheduler):
     """Deterministic sampling on training steps, stochastic with ``eta > 0`` (arXiv:2010.02502)."""
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: Betas = None, clip_sample: bool = True, set_alpha_to_one: bool = True, steps_offset: int = 0,
-        prediction_type: str = "epsilon", thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0, sample_max_value: float = 1.0, timestep_spacing: str = "leading",
-        rescale_betas_zero_snr: bool = False,
-    ) -> None:  # fmt: skip
-        self._build()
+    config_keys = (
+        "BETAS clip_sample set_alpha_to_one steps_offset prediction_type thresholding dynamic_thresholding_ratio"
+        " clip_sample_range sample_max_value timestep_spacing rescale_betas_zero_snr"
+    )
+    config_defaults = {"timestep_spacing": "leading"}
 
     def step(
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, eta: float = 0.0,
-        use_clipped_model_output: bool = False, generator: Generators = None, variance_noise: torch.Tensor | None = None,
-        return_dict: bool = True,
+        self, model_output: Tensor, timestep: Time, sample: Tensor, eta: float = 0.0, use_clipped_model_output: bool = False,
+        generator: Generators = None, variance_noise: Tensor | None = None, return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
         """Goes one step towards the clean sample.
 
@@ -135,7 +126,7 @@ class DDIMScheduler(StepScheduler):
         """Returns ``alpha_bar`` before and after the step."""
         return self._alpha_bar[t], self._alpha_bar_at(t - len(self) // self._count())
 
-    def update(self, output: torch.Tensor, t: int, x: torch.Tensor, eta: float, reclip: bool, noise: torch.Tensor | None) -> Update:
+    def update(self, output: Tensor, t: int, x: Tensor, eta: float, reclip: bool, noise: Tensor | None) -> Update:
         """Eq. 12 with the deviation of eq. 16."""
         alpha_bar, previous = self._move(t)
         alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
@@ -154,27 +145,23 @@ class PNDMScheduler(StepScheduler):
 
     The Runge-Kutta warm-up spends 12 evaluations on the first three steps; without it (as latent models use it) the first step
     is evaluated twice and the order grows from there.
-
-    Args:
-        skip_prk_steps: Leave out the Runge-Kutta warm-up.
     """
 
     predictions = ("epsilon", "v_prediction")
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: Betas = None, skip_prk_steps: bool = False, set_alpha_to_one: bool = False,
-        prediction_type: str = "epsilon", timestep_spacing: str = "leading", steps_offset: int = 0,
-    ) -> None:  # fmt: skip
+    config_keys = "BETAS skip_prk_steps set_alpha_to_one prediction_type SPACING"
+    config_defaults = {"set_alpha_to_one": False, "timestep_spacing": "leading"}
+
+    def _build(self) -> None:
         self._warm_up = 0
-        self._build()
+        super()._build()
 
     def _reset(self) -> None:
         super()._reset()
         self._calls = 0
-        self._history: list[torch.Tensor] = []
-        self._base: torch.Tensor | None = None  # where the evaluations of one step set out from
-        self._slope: torch.Tensor | float = 0.0
+        self._history: list[Tensor] = []
+        self._base: Tensor | None = None  # where the evaluations of one step set out from
+        self._slope: Tensor | float = 0.0
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
         """Lays out a run; ``timesteps`` on ``device`` holds one entry per network evaluation.
@@ -194,9 +181,7 @@ class PNDMScheduler(StepScheduler):
         self._set_schedule(np.concatenate([warm_up, rest]), device, torch.int64)
         self._warm_up = len(warm_up)
 
-    def step(
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
-    ) -> StepResult:
+    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:
         """Goes one evaluation further; see :class:`SchedulerMixin`. Raises a ValueError before ``set_timesteps``."""
         solve = self._runge_kutta if self._calls < self._warm_up else self.update
         new = solve(model_output, self._training_step(timestep), wide(sample), self._stride())
@@ -206,7 +191,7 @@ class PNDMScheduler(StepScheduler):
     def _stride(self) -> int:
         return len(self) // self._count()
 
-    def _runge_kutta(self, output: torch.Tensor, t: int, x: torch.Tensor, stride: int) -> torch.Tensor:
+    def _runge_kutta(self, output: Tensor, t: int, x: Tensor, stride: int) -> Tensor:
         """One of the four evaluations of eq. 13."""
         stage = self._calls % 4
         if stage == 0:
@@ -217,7 +202,7 @@ class PNDMScheduler(StepScheduler):
         start, reach = int(self._times[self._calls - stage]), t - (0 if stage % 2 else stride // 2)
         return self._transfer(output if stage < 3 else self._slope, base, start, reach)
 
-    def update(self, output: torch.Tensor, t: int, x: torch.Tensor, stride: int) -> torch.Tensor:
+    def update(self, output: Tensor, t: int, x: Tensor, stride: int) -> Tensor:
         """Adams-Bashforth on the predicted noise (eq. 12); without warm-up the second call repeats the first step (Heun)."""
         if self._calls == 1 and self._base is not None:
             x, self._base = self._base, None
@@ -229,7 +214,7 @@ class PNDMScheduler(StepScheduler):
         slope = sum(w * h for w, h in zip(weights, self._history, strict=True))
         return self._transfer(slope, x, t, t - stride)
 
-    def _transfer(self, output: Any, x: torch.Tensor, t: int, to: int) -> torch.Tensor:
+    def _transfer(self, output: Any, x: Tensor, t: int, to: int) -> Tensor:
         """Moves ``x`` from training step ``t`` to step ``to`` along the predicted noise (eq. 11, which is DDIM's transfer)."""
         here, there = self._alpha_bar[t], self._alpha_bar_at(to)
         if self.config["prediction_type"] == "v_prediction":

@@ -14,25 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..random import Generators, randn
-from .base import Betas, Device, SigmaScheduler, StepResult, one_source, wide
+from .base import Device, SigmaScheduler, StepResult, Time, one_source, wide
 from .noise import integer_steps, one_of, sigma_ramp, sigmas_to_steps
 from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance
 
 
 class LogSnrScheduler(SigmaScheduler):
     """Base of the solvers in half log signal-to-noise.
-
-    Configuration keys of several of them:
-        solver_order: Order of the solver, 1 to 3. Guided sampling is best with 2.
-        lower_order_final: Lower the order in the last steps of short runs.
-        use_flow_sigmas, flow_shift: The model is a flow; its levels are uniform, moved by the shift (arXiv:2403.03206 eq. 23).
-        use_dynamic_shifting: Let ``set_timesteps`` take the logarithm of the flow shift, ``mu``.
-        time_shift_type: ``exponential``.
-        use_lu_lambdas: Space the levels uniformly in ``lambda``.
-        lambda_min_clipped: Leave out levels with smaller ``lambda`` (cosine tables reach minus infinity).
 
     A configuration that comes from a flow model's scheduler makes them solvers of that flow.
     """
@@ -53,9 +45,16 @@ class LogSnrScheduler(SigmaScheduler):
         self._shift = c["shift"] if from_flow else self._own("flow_shift", 1.0)
         self._ramp = self._ramp or ("lu" if self._own("use_lu_lambdas", False) else None)
 
+    def _adopt(self, key: str, related: tuple[str, ...], *own: str) -> str:
+        """Returns a valid value of ``key``; the first of ``own`` stands for those that related solvers call otherwise."""
+        value = own[0] if self.config[key] in related else self.config[key]
+        one_of(key, value, *own)
+        self.register_to_config(**{key: value})
+        return value
+
     def _reset(self) -> None:
         super()._reset()
-        self._history: list[torch.Tensor] = []  # what is extrapolated, the latest first
+        self._history: list[Tensor] = []  # what is extrapolated, the latest first
 
     def _signal_noise(self, sigma: float) -> tuple[float, float]:
         if self._flow:
@@ -70,7 +69,7 @@ class LogSnrScheduler(SigmaScheduler):
 
     def _lay_out(
         self, device: Device, count: int | None, timesteps: Any = None, sigmas: Any = None, mu: float | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Lays out a run of so many steps, of given training steps, or of a flow's given sigmas."""
         if mu is not None and not self.config.get("use_dynamic_shifting"):
             raise ValueError(f"mu={mu} needs a scheduler with use_dynamic_shifting=True")
@@ -119,7 +118,7 @@ class LogSnrScheduler(SigmaScheduler):
         """Returns the level that a run ends at."""
         return float(levels[-1]) if self._flow and not self._ramp and self._final_sigma else self._final_sigma
 
-    def _convert(self, output: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
+    def _convert(self, output: Tensor, i: int, x: Tensor) -> Tensor:
         """Returns what the solver extrapolates: the denoised sample, or the noise."""
         if output.shape[1] != x.shape[1]:
             output = split_variance(output, x.shape[1], self._own("variance_type", None))[0]
@@ -141,9 +140,9 @@ class LogSnrScheduler(SigmaScheduler):
         return moments
 
     def _transfer(
-        self, x: torch.Tensor, start: int, to: int, places: Sequence[int], outputs: Sequence[torch.Tensor],
-        noise: torch.Tensor | None = None, tau2: float = 0.0,
-    ) -> torch.Tensor:  # fmt: skip
+        self, x: Tensor, start: int, to: int, places: Sequence[int], outputs: Sequence[Tensor], noise: Tensor | None = None,
+        tau2: float = 0.0,
+    ) -> Tensor:  # fmt: skip
         """Moves ``x`` between two positions of the run along the polynomial through ``outputs`` at ``places``.
 
         arXiv:2211.01095 eqs. 9 and 14, with noise of strength ``tau`` arXiv:2309.05019 eqs. 13 and 14 (1 is their SDE): with ``h``
@@ -166,41 +165,23 @@ class LogSnrScheduler(SigmaScheduler):
 
 
 class DPMSolverMultistepScheduler(LogSnrScheduler):
-    """Multistep DPM-Solver and DPM-Solver++, as ODE or SDE, of order 1 to 3.
+    """Multistep DPM-Solver and DPM-Solver++, as ODE or SDE, of order 1 to 3."""
 
-    Args:
-        algorithm_type: ``dpmsolver++`` (extrapolates the denoised sample), ``dpmsolver`` (the noise), or either with ``sde-``.
-        solver_type: ``midpoint`` or ``heun``, the form of the second-order step.
-        euler_at_final: Take the last step at first order.
-    """
+    _algorithms: tuple[str, ...] = ("dpmsolver++", "dpmsolver", "sde-dpmsolver", "sde-dpmsolver++")
 
-    _algorithms: tuple[str, ...] = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
-
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: Betas = None, solver_order: int = 2, prediction_type: str = "epsilon", thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0, algorithm_type: str = "dpmsolver++",
-        solver_type: str = "midpoint", lower_order_final: bool = True, euler_at_final: bool = False,
-        use_karras_sigmas: bool | None = False, use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False,
-        use_lu_lambdas: bool | None = False, use_flow_sigmas: bool | None = False, flow_shift: float | None = 1.0,
-        final_sigmas_type: str | None = "zero", lambda_min_clipped: float = -math.inf, variance_type: str | None = None,
-        timestep_spacing: str = "linspace", steps_offset: int = 0, rescale_betas_zero_snr: bool = False,
-        use_dynamic_shifting: bool = False, time_shift_type: str = "exponential",
-    ) -> None:  # fmt: skip
-        self._build()
+    config_keys = (
+        "BETAS solver_order prediction_type LIMITS algorithm_type solver_type lower_order_final euler_at_final RAMPS"
+        " use_lu_lambdas FLOW final_sigmas_type lambda_min_clipped variance_type SPACING rescale_betas_zero_snr"
+        " use_dynamic_shifting time_shift_type"
+    )
 
     def _build(self) -> None:
         self._read_solver()
         super()._build()
 
     def _read_solver(self) -> None:
-        # Names that related solvers have for what this one calls otherwise.
-        c, algorithm, kind = self.config, self.config["algorithm_type"], self.config["solver_type"]
-        algorithm = "dpmsolver++" if algorithm == "deis" else algorithm
-        kind = "midpoint" if kind in ("logrho", "bh1", "bh2") else kind
-        self.register_to_config(algorithm_type=algorithm, solver_type=kind)
-        one_of("algorithm_type", algorithm, *self._algorithms)
-        one_of("solver_type", kind, "midpoint", "heun")
+        c, algorithm = self.config, self._adopt("algorithm_type", ("deis",), *self._algorithms)
+        self._adopt("solver_type", ("logrho", "bh1", "bh2"), "midpoint", "heun")
         self._on_denoised, self._tau2 = algorithm.endswith("++"), float(algorithm.startswith("sde"))
         if not self._on_denoised and self._own("final_sigmas_type", None) == "zero":
             raise ConfigError(f"algorithm_type={algorithm!r} cannot end at zero noise: set final_sigmas_type='sigma_min'")
@@ -223,8 +204,8 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
         self._lay_out(device, num_inference_steps, timesteps, sigmas, mu)
 
     def step(
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
-        variance_noise: torch.Tensor | None = None, return_dict: bool = True,
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None,
+        variance_noise: Tensor | None = None, return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
         """Goes one step towards the clean sample; only the ``sde-`` solvers add noise. See :class:`SchedulerMixin`.
 
@@ -237,7 +218,7 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
             noise = randn(sample.shape, generator=generator, device=x.device, dtype=torch.float32)
         return self._step(sample, (self.update(model_output, i, x, count, noise), None), return_dict)
 
-    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, count: int, noise: torch.Tensor | None) -> torch.Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor, count: int, noise: Tensor | None) -> Tensor:
         """Integrates the polynomial through the last outputs."""
         self._history = [self._convert(output, i, x), *self._history[:2]]
         order = self._order_at(i, count)
@@ -264,18 +245,12 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
 class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
     """Multistep DPM-Solver run backwards, from a clean sample to the noise that leads to it (DiffEdit, arXiv:2210.11427)."""
 
-    _algorithms = ("dpmsolver", "dpmsolver++")
+    _algorithms = ("dpmsolver++", "dpmsolver")
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: Betas = None, solver_order: int = 2, prediction_type: str = "epsilon", thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0, algorithm_type: str = "dpmsolver++",
-        solver_type: str = "midpoint", lower_order_final: bool = True, euler_at_final: bool = False,
-        use_karras_sigmas: bool | None = False, use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False,
-        use_flow_sigmas: bool | None = False, flow_shift: float | None = 1.0, lambda_min_clipped: float = -math.inf,
-        variance_type: str | None = None, timestep_spacing: str = "linspace", steps_offset: int = 0,
-    ) -> None:  # fmt: skip
-        self._build()
+    config_keys = (
+        "BETAS solver_order prediction_type LIMITS algorithm_type solver_type lower_order_final euler_at_final RAMPS"
+        " FLOW lambda_min_clipped variance_type SPACING"
+    )
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:  # type: ignore[override]
         """Lays out a run of so many steps, with ``timesteps``, ascending, on ``device``."""
@@ -304,23 +279,21 @@ class DPMSolverSinglestepScheduler(DPMSolverMultistepScheduler):
     The schedule is a sequence of such evaluations, so a run of so many steps costs so many evaluations.
     """
 
-    _algorithms = ("dpmsolver", "dpmsolver++", "sde-dpmsolver++")
+    _algorithms = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++")
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: Betas = None, solver_order: int = 2, prediction_type: str = "epsilon", thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0, algorithm_type: str = "dpmsolver++",
-        solver_type: str = "midpoint", lower_order_final: bool = False, use_karras_sigmas: bool | None = False,
-        use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False, use_flow_sigmas: bool | None = False,
-        flow_shift: float | None = 1.0, final_sigmas_type: str | None = "zero", lambda_min_clipped: float = -math.inf,
-        variance_type: str | None = None, use_dynamic_shifting: bool = False, time_shift_type: str = "exponential",
-    ) -> None:  # fmt: skip
-        one_of("solver_order", solver_order, 1, 2, 3)
-        self._build()
+    config_keys = (
+        "BETAS solver_order prediction_type LIMITS algorithm_type solver_type lower_order_final RAMPS FLOW"
+        " final_sigmas_type lambda_min_clipped variance_type use_dynamic_shifting time_shift_type"
+    )
+    config_defaults = {"lower_order_final": False}
+
+    def _build(self) -> None:
+        one_of("solver_order", self.config["solver_order"], 1, 2, 3)
+        super()._build()
 
     def _reset(self) -> None:
         super()._reset()
-        self._base: torch.Tensor | None = None  # sample that the current step set out from
+        self._base: Tensor | None = None  # sample that the current step set out from
 
     def _stops(self, count: int | None, timesteps: Any = None) -> np.ndarray:
         stops = super()._stops(count, timesteps)
@@ -336,13 +309,12 @@ class DPMSolverSinglestepScheduler(DPMSolverMultistepScheduler):
         return orders
 
     def step(  # type: ignore[override]
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> StepResult:
         """Goes one evaluation further; see :meth:`DPMSolverMultistepScheduler.step`."""
         return super().step(model_output, timestep, sample, generator, None, return_dict)
 
-    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, count: int, noise: torch.Tensor | None) -> torch.Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor, count: int, noise: Tensor | None) -> Tensor:
         """Integrates from where the step began the polynomial through its outputs (arXiv:2206.00927 algorithms 1 and 2)."""
         order = min(self.order_list[i], len(self._history) + 1)
         self._history = [self._convert(output, i, x), *self._history[: order - 1]]

@@ -9,9 +9,10 @@ import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..random import Generators
-from .base import Device, LevelScheduler, SigmaScheduler, StepResult, one_source, wide
+from .base import Device, LevelScheduler, SigmaScheduler, StepResult, Time, one_source, wide
 from .brownian import BrownianNoise
 from .dpm import DPMSolverMultistepScheduler
 from .euler import EulerDiscreteScheduler
@@ -19,22 +20,13 @@ from .noise import one_of, sigma_ramp
 
 
 class EDMScheduler(SigmaScheduler):
-    """What EDM's schedulers share.
-
-    Configuration:
-        sigma_min, sigma_max: Smallest and largest level.
-        sigma_data: Standard deviation of the data.
-        sigma_schedule, rho: Spacing of the levels; see :func:`sfumato.schedulers.noise.sigma_ramp`.
-    """
+    """What EDM's schedulers share."""
 
     predictions: tuple[str, ...] = ("epsilon", "v_prediction")
     _precision = torch.float64  # in which the levels are laid
 
     def _build(self) -> None:
         LevelScheduler._build(self)
-        c = self.config
-        one_of("sigma_schedule", c["sigma_schedule"], "karras", "exponential")
-        one_of("final_sigmas_type", c["final_sigmas_type"], "zero", "sigma_min")
         self._lay_levels(len(self), None)
 
     def _lay_levels(self, places: int | np.ndarray, device: Device) -> None:
@@ -52,7 +44,7 @@ class EDMScheduler(SigmaScheduler):
         """Standard deviation of the noise that sampling starts from."""
         return math.sqrt(self.config["sigma_max"] ** 2 + 1)
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
         """Multiplies the sample at this timestep by ``c_in``, so that the network sees unit variance."""
         assert timestep is not None
         return sample / math.sqrt(self._sigmas[self._position(timestep)] ** 2 + self.config["sigma_data"] ** 2)
@@ -69,14 +61,11 @@ class EDMEulerScheduler(EDMScheduler, EulerDiscreteScheduler):
 
     predictions: tuple[str, ...] = ("epsilon", "v_prediction")
 
-    def __init__(
-        self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5, sigma_schedule: str = "karras",
-        num_train_timesteps: int = 1000, prediction_type: str = "epsilon", rho: float = 7.0, final_sigmas_type: str = "zero",
-    ) -> None:  # fmt: skip
-        self._build()
+    config_keys = "EDM prediction_type rho final_sigmas_type"
+    config_defaults = {"sigma_min": 0.002, "sigma_max": 80.0}
 
     def set_timesteps(  # type: ignore[override]
-        self, num_inference_steps: int | None = None, device: Device = None, sigmas: torch.Tensor | list[float] | None = None
+        self, num_inference_steps: int | None = None, device: Device = None, sigmas: Tensor | list[float] | None = None
     ) -> None:
         """Lays out a run of so many steps, with ``timesteps`` on ``device``.
 
@@ -91,9 +80,9 @@ class EDMEulerScheduler(EDMScheduler, EulerDiscreteScheduler):
         self._lay_levels(places, device)
 
     def step(
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, s_churn: float = 0.0,
-        s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
-        pred_original_sample: torch.Tensor | None = None,
+        self, model_output: Tensor, timestep: Time, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
+        s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
+        pred_original_sample: Tensor | None = None,
     ) -> StepResult:  # fmt: skip
         """Goes one step; see :meth:`EulerDiscreteScheduler.step`. ``pred_original_sample`` replaces the network's prediction."""
         if pred_original_sample is None:
@@ -110,15 +99,14 @@ class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverMultistepScheduler):
     _precision = torch.float32
     _algorithms = ("dpmsolver++", "sde-dpmsolver++")
 
-    def __init__(
-        self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5, sigma_schedule: str = "karras",
-        num_train_timesteps: int = 1000, prediction_type: str = "epsilon", rho: float = 7.0, solver_order: int = 2,
-        thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0,
-        algorithm_type: str = "dpmsolver++", solver_type: str = "midpoint", lower_order_final: bool = True,
-        euler_at_final: bool = False, final_sigmas_type: str | None = "zero",
-    ) -> None:  # fmt: skip
+    config_keys = (
+        "EDM prediction_type rho solver_order LIMITS algorithm_type solver_type lower_order_final euler_at_final final_sigmas_type"
+    )
+    config_defaults = {"sigma_min": 0.002, "sigma_max": 80.0}
+
+    def _build(self) -> None:
         self._read_solver()
-        self._build()
+        super()._build()
 
     def _read_solver(self) -> None:
         super()._read_solver()
@@ -133,9 +121,8 @@ class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverMultistepScheduler):
         return 1.0, sigma
 
     def step(  # type: ignore[override]
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> StepResult:
         """Goes one step towards the clean sample; see :meth:`DPMSolverMultistepScheduler.step`."""
         return DPMSolverMultistepScheduler.step(self, model_output, timestep, sample, generator, None, return_dict)
 
@@ -143,15 +130,19 @@ class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverMultistepScheduler):
 class CosineDPMSolverMultistepScheduler(EDMDPMSolverMultistepScheduler):
     """Multistep SDE DPM-Solver++ with Brownian noise, for networks told the angle ``2 / pi * atan(sigma)`` (Stable Audio)."""
 
-    def __init__(
-        self, sigma_min: float = 0.3, sigma_max: float = 500, sigma_data: float = 1.0, sigma_schedule: str = "exponential",
-        num_train_timesteps: int = 1000, solver_order: int = 2, prediction_type: str = "v_prediction", rho: float = 7.0,
-        solver_type: str = "midpoint", lower_order_final: bool = True, euler_at_final: bool = False,
-        final_sigmas_type: str = "zero",
-    ) -> None:  # fmt: skip
-        one_of("solver_order", solver_order, 1, 2)
+    config_keys = "EDM solver_order prediction_type rho solver_type lower_order_final euler_at_final final_sigmas_type"
+    config_defaults = {
+        "sigma_min": 0.3,
+        "sigma_max": 500,
+        "sigma_data": 1.0,
+        "sigma_schedule": "exponential",
+        "prediction_type": "v_prediction",
+    }
+
+    def _read_solver(self) -> None:
+        one_of("solver_order", self.config["solver_order"], 1, 2)
+        one_of("solver_type", self.config["solver_type"], "midpoint", "heun")
         self._on_denoised, self._tau2 = True, 1.0
-        self._build()
 
     def _reset(self) -> None:
         super()._reset()
@@ -161,9 +152,8 @@ class CosineDPMSolverMultistepScheduler(EDMDPMSolverMultistepScheduler):
         return np.arctan(levels) / math.pi * 2
 
     def step(  # type: ignore[override]
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> StepResult:
         """Goes one step; the seeds of ``generator`` fix the Brownian motion of the run, and nothing is drawn from it."""
         count, i, x = self._count(), self._position(timestep), wide(sample)
         if self._noise is None:

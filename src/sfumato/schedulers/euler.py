@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..random import Generators, randn
-from .base import Betas, Device, SigmaScheduler, StepResult, Update, one_source, wide
-from .noise import integer_steps, one_of, shift_flow_sigmas, sigma_ramp, sigmas_to_steps
+from .base import Device, SigmaScheduler, StepResult, Time, Update, one_source, wide
+from .noise import integer_steps, shift_flow_sigmas, sigma_ramp, sigmas_to_steps
 
 
 class ExplodingScheduler(SigmaScheduler):
@@ -52,7 +53,7 @@ class ExplodingScheduler(SigmaScheduler):
         largest = max(self._sigmas)
         return math.sqrt(largest**2 + 1) if self.config["timestep_spacing"] == "leading" else largest
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
         """Scales the sample at this timestep to the variance that the network expects; flow models take it as it is."""
         return sample if self._flow else sample * self._input_scale(self._evaluated(self._position(timestep)))
 
@@ -63,14 +64,14 @@ class ExplodingScheduler(SigmaScheduler):
         """Returns the noise level at which the network is asked at a position of the run."""
         return self._sigmas[i]
 
-    def _begin(self, timestep: float | torch.Tensor) -> int:
-        whole = not timestep.is_floating_point() if isinstance(timestep, torch.Tensor) else not isinstance(timestep, float)
+    def _begin(self, timestep: Time) -> int:
+        whole = not timestep.is_floating_point() if isinstance(timestep, Tensor) else not isinstance(timestep, float)
         if whole:
             remedy = "pass elements of scheduler.timesteps, not their positions"
             raise ValueError(f"timestep={timestep!r} is no float: {type(self).__name__} has fractional timesteps; {remedy}")
         return super()._begin(timestep)
 
-    def _move(self, output: torch.Tensor, x: torch.Tensor, x0: torch.Tensor, here: float, there: float) -> torch.Tensor:
+    def _move(self, output: Tensor, x: Tensor, x0: Tensor, here: float, there: float) -> Tensor:
         """Euler's step from one level to another; where the network predicts the slope itself, along its output."""
         return torch.add(x, output, alpha=there - here) if self._direct else torch.lerp(x0, x, there / here)
 
@@ -123,8 +124,8 @@ class ExplodingScheduler(SigmaScheduler):
         return levels * len(self) if self._flow else sigmas_to_steps(levels, self._table)
 
     def _churn(
-        self, x: torch.Tensor, i: int, churn: tuple[float, float, float, float], dtype: torch.dtype, generator: Generators
-    ) -> tuple[torch.Tensor, float]:
+        self, x: Tensor, i: int, churn: tuple[float, float, float, float], dtype: torch.dtype, generator: Generators
+    ) -> tuple[Tensor, float]:
         """Adds noise before a step (arXiv:2206.00364 algorithm 2) and returns the sample with its raised level."""
         sigma, (amount, low, high, factor) = self._sigmas[i], churn
         if amount <= 0 or not low <= sigma <= high:
@@ -135,7 +136,7 @@ class ExplodingScheduler(SigmaScheduler):
         noise = randn(x.shape, generator=generator, device=x.device, dtype=dtype)
         return x + noise * (factor * math.sqrt(raised**2 - sigma**2)), raised
 
-    def _renoise(self, x: torch.Tensor, down: float, up: float, noise: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    def _renoise(self, x: Tensor, down: float, up: float, noise: Tensor, factor: float = 1.0) -> Tensor:
         """Brings ``x`` from the level ``down`` back to ``up``, in place, with noise of the variance that is missing there."""
         ratio = (1 - up) / (1 - down) if self._flow else 1.0
         added = math.sqrt(max(up**2 - (ratio * down) ** 2, 0.0))
@@ -143,28 +144,18 @@ class ExplodingScheduler(SigmaScheduler):
 
 
 class EulerDiscreteScheduler(ExplodingScheduler):
-    """Euler's method on the probability flow, with optional churn (arXiv:2206.00364 algorithm 2 without its correction).
-
-    Args:
-        interpolation_type: ``linear`` interpolates the table at the timesteps; ``log_linear`` lays sigmas uniformly in logarithm.
-        sigma_min, sigma_max: Range of the ``use_*_sigmas`` spacings (default: that of the timesteps).
-        timestep_type: ``continuous`` tells v-prediction networks ``log(sigma) / 4`` in place of the training step.
-    """
+    """Euler's method on the probability flow, with optional churn (arXiv:2206.00364 algorithm 2 without its correction)."""
 
     predictions: tuple[str, ...] = ("epsilon", "sample", "original_sample", "v_prediction", "flow_prediction")
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: Betas = None, prediction_type: str = "epsilon", interpolation_type: str = "linear",
-        use_karras_sigmas: bool | None = False, use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False,
-        sigma_min: float | None = None, sigma_max: float | None = None, timestep_spacing: str = "linspace",
-        timestep_type: str = "discrete", steps_offset: int = 0, rescale_betas_zero_snr: bool = False,
-        final_sigmas_type: str = "zero",
-    ) -> None:  # fmt: skip
-        one_of("interpolation_type", interpolation_type, "linear", "log_linear")
-        one_of("timestep_type", timestep_type, "discrete", "continuous")
-        self._continuous = timestep_type == "continuous" and prediction_type == "v_prediction"
-        self._build()
+    config_keys = (
+        "BETAS prediction_type interpolation_type RAMPS sigma_min sigma_max timestep_spacing timestep_type"
+        " steps_offset rescale_betas_zero_snr final_sigmas_type"
+    )
+
+    def _build(self) -> None:
+        self._continuous = self.config["timestep_type"] == "continuous" and self.config["prediction_type"] == "v_prediction"
+        super()._build()
         if self._continuous:
             self._set_levels(np.append(self._table[::-1], 0.0), np.log(self._table[::-1]) / 4, None, torch.float32)
 
@@ -195,8 +186,8 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         return np.log(levels) / 4 if self._continuous else super()._times_of(levels)
 
     def step(
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, s_churn: float = 0.0,
-        s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
+        self, model_output: Tensor, timestep: Time, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
+        s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
         """Goes one step towards the clean sample.
 
@@ -209,7 +200,7 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         x, churned = self._churn(wide(sample), i, (s_churn, s_tmin, s_tmax, s_noise), model_output.dtype, generator)
         return self._step(sample, self.update(model_output, i, x, churned), return_dict)
 
-    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, churned: float) -> Update:
+    def update(self, output: Tensor, i: int, x: Tensor, churned: float) -> Update:
         """Moves along the line from ``x`` at sigma ``churned`` through its denoised form."""
         x0 = self._denoise(output, x, self._signal_noise(churned)[0], churned)
         return self._move(output, x, x0, churned, self._sigmas[i + 1]), x0
@@ -218,23 +209,17 @@ class EulerDiscreteScheduler(ExplodingScheduler):
 class EulerAncestralDiscreteScheduler(ExplodingScheduler):
     """Euler steps that go further down than the next level and come back up with fresh noise."""
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: Betas = None, prediction_type: str = "epsilon", timestep_spacing: str = "linspace", steps_offset: int = 0,
-        rescale_betas_zero_snr: bool = False,
-    ) -> None:  # fmt: skip
-        self._build()
+    config_keys = "BETAS prediction_type SPACING rescale_betas_zero_snr"
 
     def step(
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> StepResult:
         """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`."""
         i = self._position(timestep)
         noise = randn(model_output.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
         return self._step(sample, self.update(model_output, i, wide(sample), noise), return_dict)
 
-    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, noise: torch.Tensor) -> Update:
+    def update(self, output: Tensor, i: int, x: Tensor, noise: Tensor) -> Update:
         """Goes down to the level from which fresh noise leads back to the next one, as DDPM's posterior does."""
         sigma, up = self._sigmas[i : i + 2]
         x0 = self._denoise(output, x, self._signal_noise(sigma)[0], sigma)

@@ -12,26 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..random import Generators, randn
-from .base import Device, SchedulerOutput, StepResult, wide
+from .base import Device, SchedulerOutput, StepResult, Time, wide
 from .euler import ExplodingScheduler
-from .noise import one_of
 from .two_stage import HeunDiscreteScheduler
 
 
 class FlowScheduler(ExplodingScheduler):
-    """Base of the schedulers that are for flow models alone.
-
-    Their configuration:
-        shift: Moves levels towards noise (arXiv:2403.03206 eq. 23).
-        use_dynamic_shifting, time_shift_type: The shift is told to ``set_timesteps`` as ``mu``: its logarithm, or with ``linear``
-            the shift itself. ``base_shift``, ``max_shift``, ``base_image_seq_len`` and ``max_image_seq_len`` tell pipelines
-            how ``mu`` grows with the number of tokens.
-        invert_sigmas: The model counts levels from the clean end.
-        shift_terminal: Level at which the last step begins; the others are stretched to it.
-    """
+    """Base of the schedulers that are for flow models alone."""
 
     predictions: tuple[str, ...] = ("flow_prediction",)
 
@@ -40,7 +31,6 @@ class FlowScheduler(ExplodingScheduler):
         if kind != "flow_prediction":
             remedy = "take the class of the same name without 'FlowMatch'"
             raise ConfigError(f"{type(self).__name__} is for flow models, the configuration has prediction_type={kind!r}: {remedy}")
-        one_of("time_shift_type", self.config.get("time_shift_type", "linear"), "exponential", "linear")
         self._kind, self._direct, self._thresholds, self._clips = "flow_prediction", True, False, False
         self._ramp, self._final_sigma = self._read_ramp(), 0.0
         self._set_flow()
@@ -54,7 +44,7 @@ class FlowScheduler(ExplodingScheduler):
         """Replaces the static shift; it acts from the next ``set_timesteps`` on."""
         self.register_to_config(shift=shift)
 
-    def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """Mixes clean samples ``(B, ...)`` with noise at the level of ``timestep``, as :meth:`add_noise` does."""
         return self.add_noise(sample, noise, torch.as_tensor(timestep).reshape(-1))
 
@@ -66,20 +56,9 @@ def refuse_churn(s_churn: float) -> None:
 
 
 class FlowMatchEulerDiscreteScheduler(FlowScheduler):
-    """Euler's method for flow models; see :class:`FlowScheduler` for the configuration.
+    """Euler's method for flow models; see :class:`FlowScheduler` for the configuration."""
 
-    Args:
-        stochastic_sampling: Mix the denoised sample with fresh noise at each step.
-    """
-
-    def __init__(
-        self, num_train_timesteps: int = 1000, shift: float = 1.0, use_dynamic_shifting: bool = False,
-        base_shift: float | None = 0.5, max_shift: float | None = 1.15, base_image_seq_len: int | None = 256,
-        max_image_seq_len: int | None = 4096, invert_sigmas: bool = False, shift_terminal: float | None = None,
-        use_karras_sigmas: bool | None = False, use_exponential_sigmas: bool | None = False,
-        use_beta_sigmas: bool | None = False, time_shift_type: str = "exponential", stochastic_sampling: bool = False,
-    ) -> None:  # fmt: skip
-        self._build()
+    config_keys = "SHIFTS stochastic_sampling"
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, sigmas: list[float] | None = None,
@@ -100,9 +79,9 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
         self._lay_out(device, num_inference_steps, timesteps, sigmas, mu if self.config["use_dynamic_shifting"] else None)
 
     def step(
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, s_churn: float = 0.0,
-        s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None,
-        per_token_timesteps: torch.Tensor | None = None, return_dict: bool = True,
+        self, model_output: Tensor, timestep: Time, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
+        s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
         """Goes one step towards the clean sample.
 
@@ -122,7 +101,7 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
         new = self.update(model_output, x, here, there, generator)
         return self._step(sample, (new, None), return_dict)
 
-    def update(self, output: torch.Tensor, x: torch.Tensor, here: Any, there: Any, generator: Generators) -> torch.Tensor:
+    def update(self, output: Tensor, x: Tensor, here: Any, there: Any, generator: Generators) -> Tensor:
         """Euler's step along the prediction, or with fresh noise in place of the old."""
         if self.config["stochastic_sampling"]:
             noise = randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
@@ -137,16 +116,15 @@ class FlowMatchHeunDiscreteScheduler(FlowScheduler, HeunDiscreteScheduler):
 
     predictions: tuple[str, ...] = ("flow_prediction",)
 
-    def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
-        self._build()
+    config_keys = "num_train_timesteps shift"
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:  # type: ignore[override]
         """Lays out a run of ``num_inference_steps``, with one entry per evaluation in ``timesteps``, on ``device``."""
         self._lay_out(device, num_inference_steps)
 
     def step(  # type: ignore[override]
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, s_churn: float = 0.0,
-        s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
+        self, model_output: Tensor, timestep: Time, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
+        s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
         """Goes one evaluation further; see :meth:`FlowMatchEulerDiscreteScheduler.step` for the arguments."""
         refuse_churn(s_churn)
@@ -155,21 +133,9 @@ class FlowMatchHeunDiscreteScheduler(FlowScheduler, HeunDiscreteScheduler):
 
 
 class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
-    """Consistency sampling for flow models: denoise, then noise anew to the next level (arXiv:2310.04378 algorithm 3).
+    """Consistency sampling for flow models: denoise, then noise anew to the next level (arXiv:2310.04378 algorithm 3)."""
 
-    Args:
-        scale_factors: Sizes of the first steps' results relative to the first sample; the sample grows from step to step.
-        upscale_mode: How it is scaled, a ``mode`` of ``torch.nn.functional.interpolate``.
-    """
-
-    def __init__(
-        self, num_train_timesteps: int = 1000, shift: float = 1.0, use_dynamic_shifting: bool = False,
-        base_shift: float = 0.5, max_shift: float = 1.15, base_image_seq_len: int = 256, max_image_seq_len: int = 4096,
-        invert_sigmas: bool = False, shift_terminal: float | None = None, use_karras_sigmas: bool | None = False,
-        use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False, time_shift_type: str = "exponential",
-        scale_factors: list[float] | None = None, upscale_mode: str = "bicubic",
-    ) -> None:  # fmt: skip
-        self._build()
+    config_keys = "SHIFTS scale_factors upscale_mode"
 
     def _reset(self) -> None:
         super()._reset()
@@ -180,9 +146,8 @@ class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
         self.register_to_config(scale_factors=scale_factors, upscale_mode=upscale_mode)
 
     def step(  # type: ignore[override]
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> StepResult:
         """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`."""
         i, x = self._position(timestep), wide(sample)
         here, there = self._sigmas[i : i + 2]
@@ -197,19 +162,14 @@ class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
 
 
 class LTXEulerAncestralRFScheduler(FlowScheduler):
-    """Euler's method for flow models with noise put back at each step.
+    """Euler's method for flow models with noise put back at each step."""
 
-    Args:
-        eta: How much of the step is spent on noise: 0 (none) to 1 (as the variance-exploding ancestral sampler).
-        s_noise: Factor of the noise.
-    """
+    config_keys = "num_train_timesteps eta s_noise"
+    config_defaults = {"eta": 1.0}
 
-    def __init__(self, num_train_timesteps: int = 1000, eta: float = 1.0, s_noise: float = 1.0) -> None:
-        self._build()
-
-    def set_timesteps(  # type: ignore[override]
-        self, num_inference_steps: int | None = None, device: Device = None, sigmas: list[float] | torch.Tensor | None = None,
-        timesteps: list[float] | torch.Tensor | None = None, mu: float | None = None, **kwargs: Any,
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Device = None, sigmas: list[float] | Tensor | None = None,
+        timesteps: list[float] | Tensor | None = None, mu: float | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         """Lays out a run of so many steps, or of given levels with the one to end at.
 
@@ -229,9 +189,8 @@ class LTXEulerAncestralRFScheduler(FlowScheduler):
         self.sigmas = self.sigmas[:-1]
 
     def step(
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> StepResult:
         """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`."""
         i, x = self._position(timestep), wide(sample)
         here, there = self._sigmas[i : i + 2]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..random import Generators, randn
-from .base import Betas, Device, SchedulerMixin, StepResult, StepScheduler, one_source, wide
+from .base import Device, SchedulerMixin, StepResult, StepScheduler, Time, one_source, wide
 from .dpm import LogSnrScheduler
 from .euler import ExplodingScheduler
 from .noise import one_of
@@ -23,23 +23,17 @@ class DEISMultistepScheduler(LogSnrScheduler):
 
     _on_denoised = False
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: Betas = None, solver_order: int = 2, prediction_type: str = "epsilon", thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0, algorithm_type: str = "deis",
-        solver_type: str = "logrho", lower_order_final: bool = True, use_karras_sigmas: bool | None = False,
-        use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False, use_flow_sigmas: bool | None = False,
-        flow_shift: float | None = 1.0, timestep_spacing: str = "linspace", steps_offset: int = 0,
-        use_dynamic_shifting: bool = False, time_shift_type: str = "exponential",
-    ) -> None:  # fmt: skip
-        # Names that related solvers have for what this one calls otherwise.
-        algorithm_type = "deis" if algorithm_type in ("dpmsolver", "dpmsolver++") else algorithm_type
-        solver_type = "logrho" if solver_type in ("midpoint", "heun", "bh1", "bh2") else solver_type
-        self.register_to_config(algorithm_type=algorithm_type, solver_type=solver_type)
-        one_of("algorithm_type", algorithm_type, "deis")
-        one_of("solver_type", solver_type, "logrho")
-        one_of("solver_order", solver_order, 1, 2, 3)
-        self._build()
+    config_keys = (
+        "BETAS solver_order prediction_type LIMITS algorithm_type solver_type lower_order_final RAMPS FLOW SPACING"
+        " use_dynamic_shifting time_shift_type"
+    )
+    config_defaults = {"algorithm_type": "deis", "solver_type": "logrho"}
+
+    def _build(self) -> None:
+        self._adopt("algorithm_type", ("dpmsolver", "dpmsolver++"), "deis")
+        self._adopt("solver_type", ("midpoint", "heun", "bh1", "bh2"), "logrho")
+        one_of("solver_order", self.config["solver_order"], 1, 2, 3)
+        super()._build()
         self._final_sigma = self._bounds[1]
 
     def set_timesteps(
@@ -50,14 +44,12 @@ class DEISMultistepScheduler(LogSnrScheduler):
         one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
         self._lay_out(device, num_inference_steps, None, sigmas, mu)
 
-    def step(
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
-    ) -> StepResult:
+    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:
         """Goes one step towards the clean sample; see :class:`SchedulerMixin`."""
         count, i, x = self._count(), self._position(timestep), wide(sample)
         return self._step(sample, (self.update(model_output, i, x, count), None), return_dict)
 
-    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, count: int) -> torch.Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor, count: int) -> Tensor:
         """Integrates the polynomial through the last outputs, at lower order at the end of runs below 15 steps."""
         self._history = [self._convert(output, i, x), *self._history[:2]]
         lowered = self.config["lower_order_final"] and count < 15
@@ -66,42 +58,27 @@ class DEISMultistepScheduler(LogSnrScheduler):
 
 
 class UniPCMultistepScheduler(LogSnrScheduler):
-    """Unified predictor-corrector (arXiv:2302.04867): each new output first corrects the step that led to it.
+    """Unified predictor-corrector (arXiv:2302.04867): each new output first corrects the step that led to it."""
 
-    Args:
-        predict_x0: Extrapolate the denoised sample, else the noise.
-        solver_type: ``bh1`` or ``bh2``, the function B(h) of the second-order step (paper section 3.1).
-        disable_corrector: Positions of steps that are not corrected.
-        solver_p: Another scheduler that predicts in place of UniP.
-        sigma_min, sigma_max: Range of the ``use_*_sigmas`` spacings (default: the table's).
-        shift_terminal: Level that a flow's last step sets out from; the others are stretched to it.
-    """
+    config_keys = (
+        "BETAS solver_order prediction_type LIMITS predict_x0 solver_type lower_order_final disable_corrector solver_p"
+        " RAMPS FLOW SPACING final_sigmas_type rescale_betas_zero_snr use_dynamic_shifting time_shift_type sigma_min"
+        " sigma_max shift_terminal"
+    )
+    config_defaults = {"solver_type": "bh2"}
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: Betas = None, solver_order: int = 2, prediction_type: str = "epsilon", thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995, sample_max_value: float = 1.0, predict_x0: bool = True,
-        solver_type: str = "bh2", lower_order_final: bool = True, disable_corrector: list[int] = [],  # noqa: B006
-        solver_p: SchedulerMixin | None = None, use_karras_sigmas: bool | None = False,
-        use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False, use_flow_sigmas: bool | None = False,
-        flow_shift: float | None = 1.0, timestep_spacing: str = "linspace", steps_offset: int = 0,
-        final_sigmas_type: str | None = "zero", rescale_betas_zero_snr: bool = False, use_dynamic_shifting: bool = False,
-        time_shift_type: str = "exponential", sigma_min: float | None = None, sigma_max: float | None = None,
-        shift_terminal: float | None = None,
-    ) -> None:  # fmt: skip
-        solver_type = "bh2" if solver_type in ("midpoint", "heun", "logrho") else solver_type
-        self.register_to_config(solver_type=solver_type)
-        one_of("solver_type", solver_type, "bh1", "bh2")
-        if solver_order < 1:
-            raise ConfigError(f"solver_order={solver_order}, expected at least 1")
-        if not predict_x0 and final_sigmas_type == "zero":
+    def _build(self) -> None:
+        self._adopt("solver_type", ("midpoint", "heun", "logrho"), "bh2", "bh1")
+        if self.config["solver_order"] < 1:
+            raise ConfigError(f"solver_order={self.config['solver_order']}, expected at least 1")
+        if not self.config["predict_x0"] and self.config["final_sigmas_type"] == "zero":
             raise ConfigError("predict_x0=False cannot end at zero noise: set final_sigmas_type='sigma_min'")
-        self._on_denoised = predict_x0
-        self._build()
+        self._on_denoised = self.config["predict_x0"]
+        super()._build()
 
     def _reset(self) -> None:
         super()._reset()
-        self._last: tuple[torch.Tensor, int] | None = None  # sample before the last step, and the step's order
+        self._last: tuple[Tensor, int] | None = None  # sample before the last step, and the step's order
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, sigmas: list[float] | None = None,
@@ -126,14 +103,12 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     def _even_flow(self, count: int) -> np.ndarray:
         return np.linspace(1.0, 1 / len(self), count + 1)[:-1]
 
-    def step(
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
-    ) -> StepResult:
+    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:
         """Goes one step towards the clean sample; see :class:`SchedulerMixin`."""
         count, i, x = self._count(), self._position(timestep), wide(sample)
         return self._step(sample, (self.update(model_output, i, x, count, timestep), None), return_dict)
 
-    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, count: int, timestep: Any) -> torch.Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor, count: int, timestep: Any) -> Tensor:
         """Corrects the sample (UniC, eq. 8) and predicts the next one (UniP, eq. 9)."""
         c = self.config
         converted = self._convert(output, i, x)
@@ -157,48 +132,39 @@ class UniPCMultistepScheduler(LogSnrScheduler):
 
 
 class SASolverScheduler(LogSnrScheduler):
-    """Stochastic Adams predictor-corrector with noise of adjustable strength tau (arXiv:2309.05019).
+    """Stochastic Adams predictor-corrector with noise of adjustable strength tau (arXiv:2309.05019)."""
 
-    Args:
-        predictor_order, corrector_order: Orders of the Adams-Bashforth and Adams-Moulton steps, 1 to 4.
-        tau_func: Strength of the noise at a training step; by default 1 within 200..800, else 0.
-        algorithm_type: ``data_prediction`` or ``noise_prediction``, what is extrapolated.
-    """
+    config_keys = (
+        "BETAS predictor_order corrector_order prediction_type tau_func LIMITS algorithm_type lower_order_final RAMPS"
+        " FLOW lambda_min_clipped variance_type SPACING"
+    )
+    config_defaults = {"algorithm_type": "data_prediction"}
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: Betas = None, predictor_order: int = 2, corrector_order: int = 2, prediction_type: str = "epsilon",
-        tau_func: Callable | None = None, thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0, algorithm_type: str = "data_prediction", lower_order_final: bool = True,
-        use_karras_sigmas: bool | None = False, use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False,
-        use_flow_sigmas: bool | None = False, flow_shift: float | None = 1.0, lambda_min_clipped: float = -math.inf,
-        variance_type: str | None = None, timestep_spacing: str = "linspace", steps_offset: int = 0,
-    ) -> None:  # fmt: skip
-        one_of("algorithm_type", algorithm_type, "data_prediction", "noise_prediction")
-        one_of("predictor_order", predictor_order, 1, 2, 3, 4)
-        one_of("corrector_order", corrector_order, 1, 2, 3, 4)
-        self._on_denoised = algorithm_type == "data_prediction"
-        self._build()
+    def _build(self) -> None:
+        one_of("algorithm_type", self.config["algorithm_type"], "data_prediction", "noise_prediction")
+        one_of("predictor_order", self.config["predictor_order"], 1, 2, 3, 4)
+        one_of("corrector_order", self.config["corrector_order"], 1, 2, 3, 4)
+        self._on_denoised = self.config["algorithm_type"] == "data_prediction"
+        super()._build()
         self._final_sigma = self._bounds[1]
 
     def _reset(self) -> None:
         super()._reset()
-        self._last: tuple[torch.Tensor, int, float, torch.Tensor] | None = None  # sample, order, tau**2 and noise of the last step
+        self._last: tuple[Tensor, int, float, Tensor] | None = None  # sample, order, tau**2 and noise of the last step
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:
         """Lays out a run of so many steps, with ``timesteps`` on ``device``."""
         self._lay_out(device, num_inference_steps)
 
     def step(
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> StepResult:
         """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`."""
         count, i, x = self._count(), self._position(timestep), wide(sample)
         noise = randn(model_output.shape, generator=generator, device=x.device, dtype=model_output.dtype)
         return self._step(sample, (self.update(model_output, i, x, count, noise), None), return_dict)
 
-    def _levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         # noise is added at the training step itself, wherever the run is
         return super()._levels(timesteps) if self._flow else StepScheduler._levels(self, timesteps.long())  # type: ignore[arg-type]
 
@@ -207,7 +173,7 @@ class SASolverScheduler(LogSnrScheduler):
         tau, t = self.config["tau_func"], self._times[i]
         return float(200 <= t <= 800) if tau is None else float(tau(t)) ** 2
 
-    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, count: int, noise: torch.Tensor) -> torch.Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor, count: int, noise: Tensor) -> Tensor:
         """Corrects the sample (eq. 17, Adams-Moulton) and predicts the next one (eq. 14, Adams-Bashforth)."""
         c, converted = self.config, self._convert(output, i, x)
         if self._last is not None:
@@ -231,22 +197,13 @@ class LMSDiscreteScheduler(ExplodingScheduler):
 
     predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: Betas = None, use_karras_sigmas: bool | None = False, use_exponential_sigmas: bool | None = False,
-        use_beta_sigmas: bool | None = False, prediction_type: str = "epsilon", timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-    ) -> None:  # fmt: skip
-        self._build()
+    config_keys = "BETAS RAMPS prediction_type SPACING"
 
     def _reset(self) -> None:
         super()._reset()
-        self._history: list[torch.Tensor] = []  # slopes, the latest first
+        self._history: list[Tensor] = []  # slopes, the latest first
 
-    def step(
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, order: int = 4,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
+    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, order: int = 4, return_dict: bool = True) -> StepResult:
         """Goes one step towards the clean sample with the slopes of up to ``order`` levels; see :class:`SchedulerMixin`."""
         i, x = self._position(timestep), wide(sample)
         here, there = self._sigmas[i : i + 2]
@@ -265,12 +222,14 @@ class IPNDMScheduler(SchedulerMixin):
     ``timesteps`` are angles in units of a quarter turn, in 1..0. The network predicts ``cos(a) * noise - sin(a) * x0``.
     """
 
-    def __init__(self, num_train_timesteps: int = 1000, trained_betas: Betas = None) -> None:
-        self.set_timesteps(num_train_timesteps)
+    config_keys = "num_train_timesteps trained_betas"
+
+    def _build(self) -> None:
+        self.set_timesteps(self.config["num_train_timesteps"])
 
     def _reset(self) -> None:
         super()._reset()
-        self._history: list[torch.Tensor] = []
+        self._history: list[Tensor] = []
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
         """Lays out a run of ``num_inference_steps``, with ``timesteps`` on ``device``."""
@@ -281,9 +240,7 @@ class IPNDMScheduler(SchedulerMixin):
         self._levels = list(zip(signal.tolist(), noise.tolist(), strict=True))
         self._set_schedule((np.arctan2(noise, signal) / math.pi * 2)[:-1], device, torch.float32)
 
-    def step(
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
-    ) -> StepResult:
+    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:
         """Goes one step towards the clean sample; see :class:`SchedulerMixin`."""
         self._count()
         i, x = self._position(timestep), wide(sample)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
 
@@ -24,7 +25,7 @@ def one_of(key: str, value: Any, *allowed: Any) -> None:
 
 def beta_table(
     schedule: str, steps: int, start: float, end: float, trained: Any = None, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+) -> Tensor:
     """Noise variance added by each training step.
 
     Computed in float32 by default: most models were trained with these rounded tables, and ``1 - alpha_bar`` near zero shows it.
@@ -56,13 +57,13 @@ def beta_table(
     return torch.tensor(np.minimum(1 - signal[1:] / signal[:-1], 0.999), dtype=torch.float32)
 
 
-def zero_terminal_snr(alpha_bar: torch.Tensor) -> torch.Tensor:
+def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
     """Does the same to the shares of signal variance instead of the betas."""
     root = alpha_bar.sqrt()
     return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
 
 
-def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     """Shifts and scales a schedule so that its last step holds no signal (arXiv:2305.08891, algorithm 1)."""
     alpha_bar = zero_terminal_snr((1.0 - betas).cumprod(0))
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])

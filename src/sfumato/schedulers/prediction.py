@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 
@@ -48,7 +49,7 @@ def noise_coefficients(kind: str, alpha: float, sigma: float) -> tuple[float, fl
     return (1 - alpha * a) / sigma, -alpha * b / sigma
 
 
-def mix(weights: tuple[float, float], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def mix(weights: tuple[float, float], x: Tensor, y: Tensor) -> Tensor:
     """Returns ``weights[0] * x + weights[1] * y`` in the precision of ``x``, the wider of the two."""
     a, b = weights
     if a == 0:
@@ -58,7 +59,7 @@ def mix(weights: tuple[float, float], x: torch.Tensor, y: torch.Tensor) -> torch
     return total if a == 1 else total.mul_(a)
 
 
-def blend(weights: Sequence[float], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def blend(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     """Returns the sum of ``weights[k] * tensors[k]`` as a new tensor, in the precision of the first."""
     total = tensors[0] * weights[0]
     for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
@@ -84,13 +85,13 @@ def polynomial_weights(nodes: Sequence[float], moments: Sequence[float]) -> list
     return weights
 
 
-def dynamic_threshold(x0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
+def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
     """Clips and divides each sample by its magnitudes' quantile ``ratio``, in 1..``max_value`` (Imagen, arXiv:2205.11487 2.3)."""
     limit = torch.quantile(x0.flatten(1).abs(), ratio, dim=1).clamp(1, max_value).view(-1, *[1] * (x0.ndim - 1))
     return x0.clamp(-limit, limit) / limit
 
 
-def split_variance(output: torch.Tensor, channels: int, variance_type: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def split_variance(output: Tensor, channels: int, variance_type: str | None) -> tuple[Tensor, Tensor | None]:
     """Separates the prediction from the variance that a network with learned variance appends to it in as many channels.
 
     Raises:

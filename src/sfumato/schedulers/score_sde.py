@@ -7,48 +7,43 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..outputs import BaseOutput
 from ..random import Generators, randn
-from .base import Device, SchedulerMixin, StepResult
+from .base import Device, SchedulerMixin, StepResult, Time
 
 
 @dataclass
 class KarrasVeOutput(BaseOutput):
     """Result of a step: sample, slope and clean sample, all in the sample's shape."""
 
-    prev_sample: torch.Tensor
-    derivative: torch.Tensor
-    pred_original_sample: torch.Tensor | None = None
+    prev_sample: Tensor
+    derivative: Tensor
+    pred_original_sample: Tensor | None = None
 
 
 @dataclass
 class SdeVeOutput(BaseOutput):
     """Result of a step: the sample, and the sample without its fresh noise."""
 
-    prev_sample: torch.Tensor
-    prev_sample_mean: torch.Tensor
+    prev_sample: Tensor
+    prev_sample_mean: Tensor
 
 
 class KarrasVeScheduler(SchedulerMixin):
     """Stochastic sampling in variance-exploding form (arXiv:2206.00364 algorithm 2); the caller passes the noise levels.
 
     Attributes:
-        schedule: Squares of the noise levels, ``(steps,)``, for ``timesteps`` from the last to 0.
-
-    Args:
-        sigma_min, sigma_max: Noise levels of the schedule.
-        s_noise, s_churn: Factor of the added noise, and how much of it a run adds.
-        s_min, s_max: Noise levels between which noise is added.
-    """
+        schedule: Squares of the noise levels, ``(steps,)``, for ``timesteps`` from the last to 0."""
 
     order = 2
 
-    def __init__(
-        self, sigma_min: float = 0.02, sigma_max: float = 100, s_noise: float = 1.007, s_churn: float = 80, s_min: float = 0.05,
-        s_max: float = 50,
-    ) -> None:  # fmt: skip
-        self.init_noise_sigma = sigma_max
+    config_keys = "sigma_min sigma_max s_noise s_churn s_min s_max"
+    config_defaults = {"sigma_min": 0.02, "sigma_max": 100, "s_noise": 1.007}
+
+    def _build(self) -> None:
+        self.init_noise_sigma = self.config["sigma_max"]
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
         """Lays out a run of at least 2 steps, geometric in the noise level, with ``timesteps`` on ``device``."""
@@ -60,7 +55,7 @@ class KarrasVeScheduler(SchedulerMixin):
         squares = high * (low / high) ** (np.arange(count)[::-1] / (count - 1))
         self.schedule = torch.tensor(squares, dtype=torch.float32, device=device)
 
-    def add_noise_to_input(self, sample: torch.Tensor, sigma: float, generator: Generators = None) -> tuple[torch.Tensor, float]:
+    def add_noise_to_input(self, sample: Tensor, sigma: float, generator: Generators = None) -> tuple[Tensor, float]:
         """Raises a sample of noise level ``sigma`` to a higher one, and returns both (lines 4 to 6)."""
         c, sigma = self.config, float(sigma)
         churn = min(c["s_churn"] / self._count(), math.sqrt(2) - 1) if c["s_min"] <= sigma <= c["s_max"] else 0.0
@@ -69,8 +64,8 @@ class KarrasVeScheduler(SchedulerMixin):
         return torch.add(sample, noise, alpha=c["s_noise"] * math.sqrt(raised**2 - sigma**2)), raised
 
     def step(
-        self, model_output: torch.Tensor, sigma_hat: float, sigma_prev: float, sample_hat: torch.Tensor, return_dict: bool = True
-    ) -> KarrasVeOutput | tuple[torch.Tensor, ...]:
+        self, model_output: Tensor, sigma_hat: float, sigma_prev: float, sample_hat: Tensor, return_dict: bool = True
+    ) -> KarrasVeOutput | tuple[Tensor, ...]:
         """Goes from the raised level to the next along the slope (lines 7 and 8).
 
         Args:
@@ -81,21 +76,21 @@ class KarrasVeScheduler(SchedulerMixin):
         return self._move(model_output, sigma_hat, sigma_prev, sample_hat, sample_hat, None, return_dict)
 
     def step_correct(
-        self, model_output: torch.Tensor, sigma_hat: float, sigma_prev: float, sample_hat: torch.Tensor, sample_prev: torch.Tensor,
-        derivative: torch.Tensor, return_dict: bool = True,
-    ) -> KarrasVeOutput | tuple[torch.Tensor, ...]:  # fmt: skip
+        self, model_output: Tensor, sigma_hat: float, sigma_prev: float, sample_hat: Tensor, sample_prev: Tensor,
+        derivative: Tensor, return_dict: bool = True,
+    ) -> KarrasVeOutput | tuple[Tensor, ...]:  # fmt: skip
         """Repeats the step with the mean of the slopes at its ends (lines 10 and 11); ``model_output`` is of ``sample_prev``."""
         return self._move(model_output, sigma_hat, sigma_prev, sample_hat, sample_prev, derivative, return_dict)
 
     def _move(
-        self, output: torch.Tensor, raised: float, following: float, start: torch.Tensor, at: torch.Tensor,
-        derivative: torch.Tensor | None, return_dict: bool,
-    ) -> KarrasVeOutput | tuple[torch.Tensor, ...]:  # fmt: skip
+        self, output: Tensor, raised: float, following: float, start: Tensor, at: Tensor, derivative: Tensor | None,
+        return_dict: bool,
+    ) -> KarrasVeOutput | tuple[Tensor, ...]:  # fmt: skip
         raised, following = float(raised), float(following)
         x0 = torch.add(at, output, alpha=raised if derivative is None else following)
         first = -output if derivative is None else derivative
-        mean = first if derivative is None else (first - output) / 2
-        new = torch.add(start, mean, alpha=following - raised)
+        half = (following - raised) / 2
+        new = torch.add(start, first, alpha=half).sub_(output, alpha=half)
         return KarrasVeOutput(new, first, x0) if return_dict else (new, first)
 
 
@@ -103,21 +98,14 @@ class ScoreSdeVeScheduler(SchedulerMixin):
     """Predictor and corrector for the variance-exploding SDE (arXiv:2011.13456 algorithm 2).
 
     Attributes:
-        sigmas, discrete_sigmas: Noise levels of ``timesteps``, and from ``sigma_min`` up to ``sigma_max``.
+        sigmas, discrete_sigmas: Noise levels of ``timesteps``, and from ``sigma_min`` up to ``sigma_max``."""
 
-    Args:
-        snr: Signal-to-noise ratio of a corrector step.
-        sigma_min, sigma_max: Noise levels.
-        sampling_eps: Time at which a run ends, from 1.
-        correct_steps: Corrector steps per predictor step.
-    """
+    config_keys = "num_train_timesteps snr sigma_min sigma_max sampling_eps correct_steps"
+    config_defaults = {"num_train_timesteps": 2000, "sigma_min": 0.01, "sigma_max": 1348.0}
 
-    def __init__(
-        self, num_train_timesteps: int = 2000, snr: float = 0.15, sigma_min: float = 0.01, sigma_max: float = 1348.0,
-        sampling_eps: float = 1e-5, correct_steps: int = 1,
-    ) -> None:  # fmt: skip
-        self.init_noise_sigma = sigma_max
-        self.set_sigmas(num_train_timesteps)
+    def _build(self) -> None:
+        self.init_noise_sigma = self.config["sigma_max"]
+        self.set_sigmas(len(self))
 
     def set_timesteps(self, num_inference_steps: int, sampling_eps: float | None = None, device: Device = None) -> None:
         """Lays out times from 1 to ``sampling_eps``; ``set_sigmas`` follows."""
@@ -139,9 +127,8 @@ class ScoreSdeVeScheduler(SchedulerMixin):
         self._levels = self.discrete_sigmas.tolist()
 
     def step_pred(
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
-        return_dict: bool = True,
-    ) -> SdeVeOutput | tuple[torch.Tensor, ...]:  # fmt: skip
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> SdeVeOutput | tuple[Tensor, ...]:
         """Predictor: reverse diffusion by one noise level (eq. 47), with noise from ``generator``.
 
         ``model_output`` is the score; other arguments see :class:`SchedulerMixin`.
@@ -155,7 +142,7 @@ class ScoreSdeVeScheduler(SchedulerMixin):
         return SdeVeOutput(new, mean) if return_dict else (new, mean)
 
     def step_correct(
-        self, model_output: torch.Tensor, sample: torch.Tensor, generator: Generators = None, return_dict: bool = True
+        self, model_output: Tensor, sample: Tensor, generator: Generators = None, return_dict: bool = True
     ) -> StepResult:
         """Corrector: Langevin dynamics at one noise level (algorithm 4); the step size is that of the whole batch."""
         noise = randn(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
@@ -165,33 +152,24 @@ class ScoreSdeVeScheduler(SchedulerMixin):
         new = torch.addcmul(sample, model_output, size).addcmul_(noise, (2 * size).sqrt())
         return self._step(sample, (new, None), return_dict)
 
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noises clean samples to the levels at positions ``timesteps``, ``(B,)``, of ``discrete_sigmas``."""
         sigmas = self.discrete_sigmas.to(original_samples)[timesteps.to(original_samples.device)]
         return original_samples + noise * sigmas.view(-1, *[1] * (noise.ndim - 1))
 
 
 class ScoreSdeVpScheduler(SchedulerMixin):
-    """Euler-Maruyama on the variance-preserving SDE (arXiv:2011.13456 eqs. 11 and 32).
+    """Euler-Maruyama on the variance-preserving SDE (arXiv:2011.13456 eqs. 11 and 32)."""
 
-    Args:
-        beta_min, beta_max: Rate of noise at times 0 and 1.
-        sampling_eps: Time at which a run ends, from 1.
-    """
-
-    def __init__(
-        self, num_train_timesteps: int = 2000, beta_min: float = 0.1, beta_max: float = 20, sampling_eps: float = 1e-3
-    ) -> None:
-        pass
+    config_keys = "num_train_timesteps beta_min beta_max sampling_eps"
+    config_defaults = {"num_train_timesteps": 2000, "sampling_eps": 1e-3}
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
         """Lays out times from 1 to ``sampling_eps``, on ``device``."""
         self.num_inference_steps = count = self._check_count(num_inference_steps)
         self._set_schedule(torch.linspace(1, self.config["sampling_eps"], count).numpy(), device, torch.float32)
 
-    def step_pred(
-        self, score: torch.Tensor, x: torch.Tensor, t: float | torch.Tensor, generator: Generators = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def step_pred(self, score: Tensor, x: Tensor, t: Time, generator: Generators = None) -> tuple[Tensor, Tensor]:
         """Returns the next sample, and the same without its fresh noise; ``score`` is the noise that the model predicts."""
         count, low, high, now = self._count(), self.config["beta_min"], self.config["beta_max"], self._time(t)
         # Spread of the noise at this time (eq. 33), in float32, which shows near time 0, as published samples were made.

@@ -6,32 +6,27 @@ import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..random import Generators, categorical, rand
-from .base import Device, SchedulerMixin, SchedulerOutput, StepResult
-from .noise import one_of
+from .base import Device, SchedulerMixin, SchedulerOutput, StepResult, Time
 
 
 class VQDiffusionScheduler(SchedulerMixin):
     """Discrete diffusion that replaces tokens by random ones or by a mask (arXiv:2111.14822).
 
     A training step keeps a token with probability ``alpha + beta``, masks it with ``gamma``, and turns it into each other class
-    with ``beta`` (eq. 7).
+    with ``beta`` (eq. 7)."""
 
-    Args:
-        num_vec_classes: Classes of tokens, the mask (the last) included.
-        alpha_cum_start, alpha_cum_end: Accumulated ``alpha`` at the first and the last training step, linear between.
-        gamma_cum_start, gamma_cum_end: The same of ``gamma``.
-    """
+    config_keys = "num_vec_classes num_train_timesteps alpha_cum_start alpha_cum_end gamma_cum_start gamma_cum_end"
+    config_defaults = {"num_train_timesteps": 100}
 
-    def __init__(
-        self, num_vec_classes: int, num_train_timesteps: int = 100, alpha_cum_start: float = 0.99999,
-        alpha_cum_end: float = 0.000009, gamma_cum_start: float = 0.000009, gamma_cum_end: float = 0.99999,
-    ) -> None:  # fmt: skip
-        tokens = num_vec_classes - 1
-        kept = np.linspace(alpha_cum_start, alpha_cum_end, num_train_timesteps)
-        masked = np.linspace(gamma_cum_start, gamma_cum_end, num_train_timesteps)
+    def _build(self) -> None:
+        c, total = self.config, len(self)
+        tokens = c["num_vec_classes"] - 1
+        kept = np.linspace(c["alpha_cum_start"], c["alpha_cum_end"], total)
+        masked = np.linspace(c["gamma_cum_start"], c["gamma_cum_end"], total)
         before_kept, before_masked = np.append(1.0, kept[:-1]), np.append(0.0, masked[:-1])
         alpha, gamma = kept / before_kept, 1 - (1 - masked) / (1 - before_masked)
         # (alpha, beta, gamma) of each training step, alone and accumulated with all before it.
@@ -40,7 +35,7 @@ class VQDiffusionScheduler(SchedulerMixin):
         if min(beta for table in (self._single, self._total) for _, beta, _ in table) < 0:
             raise ConfigError("alpha_cum and gamma_cum sum to more than 1, the probability of all: lower their start or their end")
         self.mask_class = tokens
-        self._set_schedule(np.arange(num_train_timesteps)[::-1], None, torch.int64)
+        self._set_schedule(np.arange(total)[::-1], None, torch.int64)
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
         """Lays out the last ``num_inference_steps`` training steps, at most all, with ``timesteps`` on ``device``."""
@@ -50,9 +45,8 @@ class VQDiffusionScheduler(SchedulerMixin):
         self._set_schedule(np.arange(count)[::-1], device, torch.int64)
 
     def step(
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> StepResult:
         """Draws the tokens of the step before, with the Gumbel trick (section 3.2).
 
         Args:
@@ -66,7 +60,7 @@ class VQDiffusionScheduler(SchedulerMixin):
         gumbel = uniform.add_(1e-30).log_().neg_().add_(1e-30).log_()
         return self._step(sample, ((log_p - gumbel).argmax(1), None), return_dict)
 
-    def q_posterior(self, log_p_x_0: torch.Tensor, x_t: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
+    def q_posterior(self, log_p_x_0: Tensor, x_t: Tensor, t: Time) -> Tensor:
         """Returns the logarithms of the probabilities of the tokens one step before (eqs. 8 and 11).
 
         Args:
@@ -82,7 +76,7 @@ class VQDiffusionScheduler(SchedulerMixin):
         masked = (x_t == self.mask_class).unsqueeze(1)  # (B, 1, N)
         own = x_t.unsqueeze(1).clamp(max=self.mask_class - 1)  # where to put right the class of a token that is not masked
 
-        def divide(p: torch.Tensor) -> torch.Tensor:
+        def divide(p: Tensor) -> Tensor:
             """Divides by the probability of reaching ``x_t`` from each clean class."""
             w = p.mul_(torch.where(masked, 1 / total_c, 1 / total_b))
             factor = torch.where(masked, 1.0, total_b / (total_a + total_b))
@@ -97,15 +91,9 @@ class VQDiffusionScheduler(SchedulerMixin):
 
 
 class AmusedScheduler(SchedulerMixin):
-    """Parallel decoding of masked tokens: of the drawn ones, the least confident are masked again (arXiv:2202.04200 section 3.2).
+    """Parallel decoding of masked tokens: of the drawn ones, the least confident are masked again (arXiv:2202.04200, 3.2)."""
 
-    Args:
-        mask_token_id: Token of the mask.
-        masking_schedule: ``cosine`` or ``linear``, the share of masked tokens over the steps.
-    """
-
-    def __init__(self, mask_token_id: int, masking_schedule: str = "cosine") -> None:
-        one_of("masking_schedule", masking_schedule, "cosine", "linear")
+    config_keys = "mask_token_id masking_schedule"
 
     def set_timesteps(
         self, num_inference_steps: int, temperature: float | tuple[float, float] | list[float] = (2, 0), device: Device = None
@@ -121,8 +109,8 @@ class AmusedScheduler(SchedulerMixin):
         self._set_schedule(np.arange(count)[::-1], device, torch.int64)
 
     def step(
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, starting_mask_ratio: float = 1.0,
-        generator: Generators = None, return_dict: bool = True,
+        self, model_output: Tensor, timestep: Time, sample: Tensor, starting_mask_ratio: float = 1.0, generator: Generators = None,
+        return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
         """Draws all masked tokens and masks the least confident of them again.
 
@@ -150,7 +138,7 @@ class AmusedScheduler(SchedulerMixin):
         result = SchedulerOutput(new.view(shape), clean.view(shape))
         return result if return_dict else result.to_tuple()
 
-    def add_noise(self, sample: torch.Tensor, timesteps: int | torch.Tensor, generator: Generators = None) -> torch.Tensor:
+    def add_noise(self, sample: Tensor, timesteps: Time, generator: Generators = None) -> Tensor:
         """Masks the share of tokens that is masked after the step ``timesteps``, at random places."""
         share = self._shares[self._count() - 1 - int(self._time(timesteps))].item()
         chosen = rand(sample.shape, generator=generator, device=sample.device) < share

@@ -12,16 +12,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..random import Generators, randn
-from .base import Betas, Device, StepResult, one_source, wide
+from .base import Device, StepResult, Time, one_source, wide
 from .brownian import BrownianNoise
 from .euler import ExplodingScheduler
 from .prediction import blend
 
 Levels = tuple[float, float, float]
 """Where a step sets out from, where the network is asked the second time, and where the step ends."""
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
 class TwoStageScheduler(ExplodingScheduler):
@@ -32,7 +33,7 @@ class TwoStageScheduler(ExplodingScheduler):
 
     def _reset(self) -> None:
         super()._reset()
-        self._start: torch.Tensor | None = None  # what the second evaluation of a step sets out from
+        self._start: Tensor | None = None  # what the second evaluation of a step sets out from
 
     def _set_levels(self, sigmas: np.ndarray, timesteps: np.ndarray, device: Device, dtype: torch.dtype) -> None:
         times = np.empty(2 * len(timesteps) - 1)
@@ -51,20 +52,16 @@ class TwoStageScheduler(ExplodingScheduler):
     def _evaluated(self, i: int) -> float:
         return self._middle(*self._sigmas[i - 1 : i + 1]) if i % 2 else self._sigmas[i]
 
-    def _begin(self, timestep: float | torch.Tensor) -> int:
+    def _begin(self, timestep: Time) -> int:
         if (i := super()._begin(timestep)) % 2:
             raise ValueError(f"position {i} is the second evaluation of a step: begin at an even position of the schedule")
         return i
 
-    def step(
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
-    ) -> StepResult:
+    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:
         """Goes one evaluation further; see :class:`SchedulerMixin`."""
         return self._stage(model_output, timestep, sample, return_dict)
 
-    def _stage(
-        self, output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, return_dict: bool, noise: Any = None
-    ) -> StepResult:
+    def _stage(self, output: Tensor, timestep: Time, sample: Tensor, return_dict: bool, noise: Any = None) -> StepResult:
         """One evaluation; ``noise`` is what the stochastic solvers' ``first`` and ``second`` take as their last argument."""
         i, x = self._position(timestep), wide(sample)
         level, (here, there) = self._evaluated(i), self._sigmas[i - i % 2 : i - i % 2 + 2]
@@ -77,19 +74,15 @@ class TwoStageScheduler(ExplodingScheduler):
             new, self._start = self.first(output, x, x0, (here, self._middle(here, there), there), noise)
         return self._step(sample, (new, x0), return_dict)
 
-    def first(self, output: torch.Tensor, x: torch.Tensor, x0: torch.Tensor, levels: Levels, noise: Any) -> Pair:
+    def first(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, noise: Any) -> Pair:
         """Euler's step to the level of the second evaluation; also returns what that sets out from."""
         return self._move(output, x, x0, *levels[:2]), x
 
-    def second(
-        self, output: torch.Tensor, x: torch.Tensor, x0: torch.Tensor, levels: Levels, start: torch.Tensor, noise: Any
-    ) -> torch.Tensor:
+    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, noise: Any) -> Tensor:
         """Goes the whole step from its start with the slope half-way (midpoint rule)."""
         return self._along(output, x, x0, levels[1], start, levels[2] - levels[0])
 
-    def _along(
-        self, output: torch.Tensor, x: torch.Tensor, x0: torch.Tensor, level: float, start: Any, step: float
-    ) -> torch.Tensor:
+    def _along(self, output: Tensor, x: Tensor, x0: Tensor, level: float, start: Any, step: float) -> Tensor:
         """Goes ``step`` in sigma from ``start`` with the slope that ``x`` has at ``level``."""
         if self._direct:
             return torch.add(start, output, alpha=step)
@@ -101,13 +94,8 @@ class HeunDiscreteScheduler(TwoStageScheduler):
 
     predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, beta_schedule: str = "linear",
-        trained_betas: Betas = None, prediction_type: str = "epsilon", use_karras_sigmas: bool | None = False,
-        use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False, clip_sample: bool | None = False,
-        clip_sample_range: float = 1.0, timestep_spacing: str = "linspace", steps_offset: int = 0,
-    ) -> None:  # fmt: skip
-        self._build()
+    config_keys = "BETAS prediction_type RAMPS clip_sample clip_sample_range SPACING"
+    config_defaults = {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, num_train_timesteps: int | None = None,
@@ -125,14 +113,12 @@ class HeunDiscreteScheduler(TwoStageScheduler):
             raise ValueError(f"timesteps cannot be set with use_{self._ramp}_sigmas=True: pass sigmas")
         self._lay_out(device, num_inference_steps, timesteps, sigmas, mu, num_train_timesteps)
 
-    def first(self, output: torch.Tensor, x: torch.Tensor, x0: torch.Tensor, levels: Levels, noise: Any) -> Pair:
+    def first(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, noise: Any) -> Pair:
         """Euler's step to the next level, and half of it, to which the other slope's half will be added."""
         here, _, there = levels
         return self._move(output, x, x0, here, there), self._move(output, x, x0, here, (here + there) / 2)
 
-    def second(
-        self, output: torch.Tensor, x: torch.Tensor, x0: torch.Tensor, levels: Levels, start: torch.Tensor, noise: Any
-    ) -> torch.Tensor:
+    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, noise: Any) -> Tensor:
         """The other half of the step, with the slope at its end."""
         here, _, there = levels
         return self._along(output, x, x0, there, start, (there - here) / 2)
@@ -143,13 +129,8 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
 
     _ends = 3
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, beta_schedule: str = "linear",
-        trained_betas: Betas = None, use_karras_sigmas: bool | None = False, use_exponential_sigmas: bool | None = False,
-        use_beta_sigmas: bool | None = False, prediction_type: str = "epsilon", timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-    ) -> None:  # fmt: skip
-        self._build()
+    config_keys = "BETAS RAMPS prediction_type SPACING"
+    config_defaults = {"beta_start": 0.00085, "beta_end": 0.012}
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, num_train_timesteps: int | None = None, *,
@@ -178,9 +159,8 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
     """
 
     def step(  # type: ignore[override]
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> StepResult:
         """Goes one evaluation further, with noise from ``generator``; see :class:`SchedulerMixin`."""
         noise = None
         if self._position(timestep) % 2:
@@ -193,9 +173,7 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
     def _middle(self, here: float, there: float) -> float:
         return there
 
-    def second(
-        self, output: torch.Tensor, x: torch.Tensor, x0: torch.Tensor, levels: Levels, start: torch.Tensor, noise: Any
-    ) -> torch.Tensor:
+    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, noise: Any) -> Tensor:
         """The midpoint rule to the lower level, and noise."""
         here, middle, there = levels
         down = there**2 / here
@@ -206,28 +184,20 @@ class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
     """Stochastic DPM-Solver++ with a midpoint at half the step in log sigma (arXiv:2211.01095 section 5, with r = 1/2).
 
     Its noise is increments of one Brownian motion over sigma per run, so that runs with more steps approach the same picture.
-
-    Args:
-        noise_sampler_seed: Seed of the Brownian motion. Without it ``step`` draws one from its generator.
     """
 
     _ends, _time_type = 1, torch.float64
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, beta_schedule: str = "linear",
-        trained_betas: Betas = None, prediction_type: str = "epsilon", use_karras_sigmas: bool | None = False,
-        use_exponential_sigmas: bool | None = False, use_beta_sigmas: bool | None = False, noise_sampler_seed: int | None = None,
-        timestep_spacing: str = "linspace", steps_offset: int = 0,
-    ) -> None:  # fmt: skip
-        self._build()
+    config_keys = "BETAS prediction_type RAMPS noise_sampler_seed SPACING"
+    config_defaults = {"beta_start": 0.00085, "beta_end": 0.012}
 
     def _reset(self) -> None:
         super()._reset()
         self._noise: BrownianNoise | None = None
 
     def step(
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, return_dict: bool = True,
-        s_noise: float = 1.0, *, generator: Generators = None,
+        self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True, s_noise: float = 1.0, *,
+        generator: Generators = None,
     ) -> StepResult:  # fmt: skip
         """Goes one evaluation further, with ``s_noise`` times the noise; ``generator`` seeds it in the run's first step."""
         if self._noise is None:
@@ -242,17 +212,15 @@ class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
         low, high = torch.tensor((here, there)).log()
         return torch.lerp(low, high, 0.5).exp().item()
 
-    def first(self, output: torch.Tensor, x: torch.Tensor, x0: torch.Tensor, levels: Levels, noise: Any) -> Pair:
+    def first(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, noise: Any) -> Pair:
         """An ancestral step to the level of the second evaluation."""
         return self._ancestral(x, x0, *levels[:2], noise), x
 
-    def second(
-        self, output: torch.Tensor, x: torch.Tensor, x0: torch.Tensor, levels: Levels, start: torch.Tensor, noise: Any
-    ) -> torch.Tensor:
+    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, noise: Any) -> Tensor:
         """An ancestral step from the start of the step, towards the second evaluation's denoised sample."""
         return self._ancestral(start, x0, levels[0], levels[2], noise)
 
-    def _ancestral(self, x: torch.Tensor, x0: torch.Tensor, here: float, there: float, factor: float) -> torch.Tensor:
+    def _ancestral(self, x: Tensor, x0: Tensor, here: float, there: float, factor: float) -> Tensor:
         assert self._noise is not None
         down = there**2 / here
         # The path is as rough as its time is exact: these are the times at which released pictures were made.

@@ -7,15 +7,16 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..random import Generators, randn
-from .base import Betas, Device, LevelScheduler, StepResult, Update, one_source, wide
+from .base import Device, LevelScheduler, StepResult, Time, Update, one_source, wide
 from .discrete import DDIMScheduler, DDPMScheduler
 from .noise import beta_table, one_of, zero_terminal_snr
 from .prediction import mix
 
 
-def _each(solve: Callable[..., torch.Tensor], output: torch.Tensor, timesteps: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _each(solve: Callable[..., Tensor], output: Tensor, timesteps: Tensor, x: Tensor) -> Tensor:
     """Solves each sample ``(1, C, ...)`` of a batch for its own timestep, as sampling parallel in time asks (arXiv:2305.16317)."""
     parts = zip(output.split(1), timesteps.flatten().tolist(), x.split(1), strict=True)
     return torch.cat([solve(o, int(t), wide(sample)) for o, t, sample in parts]).to(x.dtype)
@@ -24,7 +25,7 @@ def _each(solve: Callable[..., torch.Tensor], output: torch.Tensor, timesteps: t
 class DDPMParallelScheduler(DDPMScheduler):
     """DDPM that can also step each sample of a batch from its own timestep; see :class:`DDPMScheduler`."""
 
-    def batch_step_no_noise(self, model_output: torch.Tensor, timesteps: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    def batch_step_no_noise(self, model_output: Tensor, timesteps: Tensor, sample: Tensor) -> Tensor:
         """Returns the posteriors' means (arXiv:2006.11239 eq. 7), without noise.
 
         Args:
@@ -34,7 +35,7 @@ class DDPMParallelScheduler(DDPMScheduler):
         # A parallel sampler moves on by one even stride, whatever the spacing.
         stride, channels = len(self) // self._count(), sample.shape[1]
 
-        def mean(output: torch.Tensor, t: int, x: torch.Tensor) -> torch.Tensor:
+        def mean(output: Tensor, t: int, x: Tensor) -> Tensor:
             previous, beta = self._alpha_bar_at(t - stride), self._beta(t, t - stride)
             return self._mean(output[:, :channels], self._alpha_bar[t], previous, beta, x)[0]
 
@@ -45,9 +46,8 @@ class DDIMParallelScheduler(DDIMScheduler):
     """DDIM that can also step each sample of a batch from its own timestep; see :class:`DDIMScheduler`."""
 
     def batch_step_no_noise(
-        self, model_output: torch.Tensor, timesteps: torch.Tensor, sample: torch.Tensor, eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-    ) -> torch.Tensor:  # fmt: skip
+        self, model_output: Tensor, timesteps: Tensor, sample: Tensor, eta: float = 0.0, use_clipped_model_output: bool = False
+    ) -> Tensor:
         """Returns the samples of ``step`` (arXiv:2010.02502 eq. 12).
 
         Args:
@@ -61,29 +61,23 @@ class DDIMParallelScheduler(DDIMScheduler):
 
 
 class DDIMInverseScheduler(DDIMScheduler):
-    """DDIM from the clean sample to the noise that would give it (arXiv:2010.02502 section 4.3); ``timesteps`` ascend.
+    """DDIM from the clean sample to the noise that would give it (arXiv:2010.02502 section 4.3); ``timesteps`` ascend."""
 
-    Args:
-        set_alpha_to_one: The run begins at the clean sample; else at the level of training step 0.
-    """
+    config_keys = (
+        "BETAS clip_sample set_alpha_to_one steps_offset prediction_type clip_sample_range timestep_spacing rescale_betas_zero_snr"
+    )
+    config_defaults = {"timestep_spacing": "leading"}
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        trained_betas: Betas = None, clip_sample: bool = True, set_alpha_to_one: bool = True, steps_offset: int = 0,
-        prediction_type: str = "epsilon", clip_sample_range: float = 1.0, timestep_spacing: str = "leading",
-        rescale_betas_zero_snr: bool = False,
-    ) -> None:  # fmt: skip
-        one_of("timestep_spacing", timestep_spacing, "leading", "trailing")
-        self._build()
-        self._set_schedule(np.arange(num_train_timesteps), None, torch.int64)
+    def _build(self) -> None:
+        one_of("timestep_spacing", self.config["timestep_spacing"], "leading", "trailing")
+        super()._build()
+        self._set_schedule(np.arange(len(self)), None, torch.int64)
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
         """Lays out a run of ``num_inference_steps``, at most as many as training steps, with ``timesteps`` on ``device``."""
         self._set_schedule(self._stops(num_inference_steps)[::-1], device, torch.int64)
 
-    def step(  # type: ignore[override]
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
-    ) -> StepResult:
+    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:  # type: ignore[override]
         """Goes one step towards the noise, up to the level of ``timestep``; see :class:`SchedulerMixin`."""
         return super().step(model_output, timestep, sample, return_dict=return_dict)
 
@@ -92,17 +86,9 @@ class DDIMInverseScheduler(DDIMScheduler):
 
 
 class RePaintScheduler(DDIMScheduler):
-    """Inpainting with an unconditional model: the known region is noised anew at each step (arXiv:2201.09865 algorithm 1).
+    """Inpainting with an unconditional model: the known region is noised anew at each step (arXiv:2201.09865 algorithm 1)."""
 
-    Args:
-        eta: Share of the posterior's deviation that is added as noise, 0 (none) to 1 (as DDPM).
-    """
-
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
-        eta: float = 0.0, trained_betas: Betas = None, clip_sample: bool = True,
-    ) -> None:  # fmt: skip
-        self._build()
+    config_keys = "num_train_timesteps beta_start beta_end beta_schedule eta trained_betas clip_sample"
 
     def set_timesteps(  # type: ignore[override]
         self, num_inference_steps: int, jump_length: int = 10, jump_n_sample: int = 10, device: Device = None
@@ -127,8 +113,8 @@ class RePaintScheduler(DDIMScheduler):
         self._set_schedule(np.array(times) * (len(self) // count), device, torch.int64)
 
     def step(  # type: ignore[override]
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, original_image: torch.Tensor,
-        mask: torch.Tensor, generator: Generators = None, return_dict: bool = True,
+        self, model_output: Tensor, timestep: Time, sample: Tensor, original_image: Tensor, mask: Tensor,
+        generator: Generators = None, return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
         """Goes one step towards the clean sample, with one draw of noise for both regions.
 
@@ -144,7 +130,7 @@ class RePaintScheduler(DDIMScheduler):
         known = mix((math.sqrt(previous), math.sqrt(1 - previous)), wide(original_image), noise)  # eq. 8a
         return self._step(sample, (torch.lerp(unknown, known, mask.to(unknown)), x0), return_dict)
 
-    def undo_step(self, sample: torch.Tensor, timestep: int | torch.Tensor, generator: Generators = None) -> torch.Tensor:
+    def undo_step(self, sample: Tensor, timestep: Time, generator: Generators = None) -> Tensor:
         """Noises the sample up from ``timestep`` by one step of the run, through each training step (arXiv:2006.11239 eq. 2)."""
         t, x = self._training_step(timestep), wide(sample)
         for beta in self.betas[t : t + len(self) // self._count()].tolist():
@@ -154,22 +140,17 @@ class RePaintScheduler(DDIMScheduler):
 
 
 class UnCLIPScheduler(DDPMScheduler):
-    """DDPM as DALL-E 2's prior and decoders run it (arXiv:2204.06125): even steps from the last training step to the first.
-
-    Args:
-        variance_type: ``fixed_small_log`` (the posterior's) or ``learned_range``; see :class:`DDPMScheduler`.
-        beta_schedule: ``squaredcos_cap_v2``.
-    """
+    """DDPM as DALL-E 2's prior and decoders run it (arXiv:2204.06125): even steps from the last training step to the first."""
 
     predictions = ("epsilon", "sample")
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, variance_type: str = "fixed_small_log", clip_sample: bool = True,
-        clip_sample_range: float | None = 1.0, prediction_type: str = "epsilon", beta_schedule: str = "squaredcos_cap_v2",
-    ) -> None:  # fmt: skip
-        one_of("beta_schedule", beta_schedule, "squaredcos_cap_v2")
-        one_of("variance_type", variance_type, "fixed_small_log", "learned_range")
-        self._build()
+    config_keys = "num_train_timesteps variance_type clip_sample clip_sample_range prediction_type beta_schedule"
+    config_defaults = {"variance_type": "fixed_small_log", "beta_schedule": "squaredcos_cap_v2"}
+
+    def _build(self) -> None:
+        one_of("beta_schedule", self.config["beta_schedule"], "squaredcos_cap_v2")
+        one_of("variance_type", self.config["variance_type"], "fixed_small_log", "learned_range")
+        super()._build()
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:  # type: ignore[override]
         """Lays out a run of at least 2 steps, with ``timesteps`` on ``device``."""
@@ -180,8 +161,8 @@ class UnCLIPScheduler(DDPMScheduler):
         self._set_schedule(stops.round().astype(np.int64), device, torch.int64)
 
     def step(  # type: ignore[override]
-        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor,
-        prev_timestep: int | torch.Tensor | None = None, generator: Generators = None, return_dict: bool = True,
+        self, model_output: Tensor, timestep: Time, sample: Tensor, prev_timestep: Time | None = None, generator: Generators = None,
+        return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
         """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`.
 
@@ -198,18 +179,12 @@ class UnCLIPScheduler(DDPMScheduler):
 
 
 class DDPMWuerstchenScheduler(LevelScheduler):
-    """DDPM in continuous time, 1 (noise) to 0 (clean), on the cosine table (arXiv:2306.00637, arXiv:2102.09672 eq. 17).
+    """DDPM in continuous time, 1 (noise) to 0 (clean), on the cosine table (arXiv:2306.00637, arXiv:2102.09672 eq. 17)."""
 
-    Args:
-        scaler: Moves the levels towards the clean end above 1, towards noise below.
-        s: Offset of the cosine.
-    """
-
-    def __init__(self, scaler: float = 1.0, s: float = 0.008) -> None:
-        self._build()
+    config_keys = "scaler s"
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, timesteps: list[float] | torch.Tensor | None = None, device: Device = None
+        self, num_inference_steps: int | None = None, timesteps: list[float] | Tensor | None = None, device: Device = None
     ) -> None:
         """Lays out a run of so many steps, or of given times in 1..0, the last of which is where it ends."""
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
@@ -222,20 +197,19 @@ class DDPMWuerstchenScheduler(LevelScheduler):
         self._set_schedule(times.cpu().double().numpy(), device, torch.float32)
         self._alpha_bars = self._alpha_bar_at(torch.tensor(self._times)).tolist()
 
-    def _alpha_bar_at(self, t: torch.Tensor) -> torch.Tensor:
+    def _alpha_bar_at(self, t: Tensor) -> Tensor:
         scaler, s = self.config["scaler"], self.config["s"]
         t = 1 - (1 - t) ** scaler if scaler > 1 else t**scaler
         signal = torch.cos((t + s) / (1 + s) * (math.pi / 2)) ** 2 / math.cos(s / (1 + s) * math.pi / 2) ** 2
         return signal.clamp(0.0001, 0.9999)
 
-    def _levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         alpha_bar = self._alpha_bar_at(timesteps)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def step(
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, generator: Generators = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> StepResult:
         """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`.
 
         The timestep may be ``(B,)`` with equal entries.
@@ -246,7 +220,7 @@ class DDPMWuerstchenScheduler(LevelScheduler):
         i = min(range(len(self._times) - 1), key=lambda j: abs(self._times[j] - t))
         return self._step(sample, (self.update(model_output, i, x, noise), None), return_dict)
 
-    def update(self, output: torch.Tensor, i: int, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor, noise: Tensor) -> Tensor:
         """Posterior mean and deviation (arXiv:2006.11239 eqs. 11 and 7); the step to time 0 adds no noise."""
         alpha_bar, previous = self._alpha_bars[i], self._alpha_bars[i + 1]
         kept = alpha_bar / previous
@@ -256,23 +230,20 @@ class DDPMWuerstchenScheduler(LevelScheduler):
 
 
 class CogVideoXDDIMScheduler(DDIMScheduler):
-    """Deterministic DDIM on a table whose signal-to-noise ratio is shifted (arXiv:2408.06072); nothing is clipped.
+    """Deterministic DDIM on a table whose signal-to-noise ratio is shifted (arXiv:2408.06072); nothing is clipped."""
 
-    Args:
-        snr_shift_scale: The signal-to-noise ratio is divided by this.
-    """
+    config_keys = (
+        "BETAS clip_sample set_alpha_to_one steps_offset prediction_type clip_sample_range"
+        " sample_max_value timestep_spacing rescale_betas_zero_snr snr_shift_scale"
+    )
+    config_defaults = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "leading"}
 
-    def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
-        beta_schedule: str = "scaled_linear", trained_betas: Betas = None, clip_sample: bool = True, set_alpha_to_one: bool = True,
-        steps_offset: int = 0, prediction_type: str = "epsilon", clip_sample_range: float = 1.0, sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading", rescale_betas_zero_snr: bool = False, snr_shift_scale: float = 3.0,
-    ) -> None:  # fmt: skip
-        one_of("beta_schedule", beta_schedule, "linear", "scaled_linear", "squaredcos_cap_v2")
-        self._build()
+    def _build(self) -> None:
+        one_of("beta_schedule", self.config["beta_schedule"], "linear", "scaled_linear", "squaredcos_cap_v2")
+        super()._build()
         self._clips = False  # the keys of clipping are part of published files but have no effect
 
-    def _alpha_bar_table(self, floor: float = 0.0) -> torch.Tensor:
+    def _alpha_bar_table(self, floor: float = 0.0) -> Tensor:
         c = self.config
         dtype = torch.float64 if c["beta_schedule"] == "scaled_linear" else torch.float32
         self.betas = beta_table(c["beta_schedule"], len(self), c["beta_start"], c["beta_end"], c["trained_betas"], dtype)
@@ -281,7 +252,7 @@ class CogVideoXDDIMScheduler(DDIMScheduler):
         self.alphas_cumprod = zero_terminal_snr(alpha_bar) if c["rescale_betas_zero_snr"] else alpha_bar
         return self.alphas_cumprod
 
-    def update(self, output: torch.Tensor, t: int, x: torch.Tensor, eta: float, reclip: bool, noise: torch.Tensor | None) -> Update:
+    def update(self, output: Tensor, t: int, x: Tensor, eta: float, reclip: bool, noise: Tensor | None) -> Update:
         """See :class:`DDIMScheduler`; a ValueError unless ``eta`` is 0."""
         if eta:
             raise ValueError(f"eta={eta} is not for CogVideoX's schedulers: leave it at 0, or use DDIMScheduler")
@@ -292,9 +263,9 @@ class CogVideoXDPMScheduler(CogVideoXDDIMScheduler):
     """Second-order SDE-DPM-Solver++ (arXiv:2211.01095) on CogVideoX's table; the caller keeps the last denoised sample."""
 
     def step(  # type: ignore[override]
-        self, model_output: torch.Tensor, old_pred_original_sample: torch.Tensor | None, timestep: int | torch.Tensor,
-        timestep_back: int | torch.Tensor | None, sample: torch.Tensor, eta: float = 0.0, use_clipped_model_output: bool = False,
-        generator: Generators = None, variance_noise: torch.Tensor | None = None, return_dict: bool = False,
+        self, model_output: Tensor, old_pred_original_sample: Tensor | None, timestep: Time, timestep_back: Time | None,
+        sample: Tensor, eta: float = 0.0, use_clipped_model_output: bool = False, generator: Generators = None,
+        variance_noise: Tensor | None = None, return_dict: bool = False,
     ) -> StepResult:  # fmt: skip
         """Goes one step towards the clean sample, with noise from ``generator`` (twice the noise where it is of second order).
 
@@ -317,9 +288,7 @@ class CogVideoXDPMScheduler(CogVideoXDDIMScheduler):
             slope = torch.lerp(wide(old_pred_original_sample), x0, 1 + h / (2 * (_log_snr(alpha_bar) - before)))  # type: ignore[arg-type]
         return self._step(sample, (self._solve(slope, x, alpha_bar, previous, h, noise), x0), return_dict)
 
-    def _solve(
-        self, slope: torch.Tensor, x: torch.Tensor, alpha_bar: float, previous: float, h: float, noise: torch.Tensor
-    ) -> torch.Tensor:
+    def _solve(self, slope: Tensor, x: Tensor, alpha_bar: float, previous: float, h: float, noise: Tensor) -> Tensor:
         """Eq. 18 of arXiv:2211.01095 (appendix A), with the (extrapolated) denoised sample as ``slope``."""
         keep = math.sqrt((1 - previous) / (1 - alpha_bar)) * math.exp(-h)
         fresh = -math.expm1(-2 * h)
