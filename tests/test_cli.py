@@ -148,7 +148,7 @@ def test_scheduler_dtype_and_weights(model: Path, tmp_path: Path) -> None:
     [
         (["--model", "/no/such"], "error: '/no/such' is not a folder here, and cannot be a hub repository"),
         (["--size", "33x32"], "error: width=33 must be a positive multiple of 8"),
-        (["--scheduler", "EulerDiscret"], "there is no EulerDiscretScheduler; did you mean 'EulerDiscreteScheduler'"),
+        (["--scheduler", "EulerDiscret"], "no scheduler is known as 'EulerDiscret'; did you mean 'EulerDiscrete'"),
         (["--dtype", "float61"], "error: dtype='float61' is not a floating-point torch dtype"),
         (["--dtype", "int8"], "is not a floating-point torch dtype"),
         (["--device", "cuad"], "'cuad' is no device of this machine"),

@@ -22,7 +22,7 @@ _MODULES: dict[str, str] = {
     "models.autoencoders.distribution": "DiagonalGaussianDistribution",
     "models.text_encoders.clip": "CLIPTextModel",
     "models.safety_checker": "StableDiffusionSafetyChecker",
-    "schedulers.base": "SchedulerMixin SchedulerOutput KarrasDiffusionSchedulers",
+    "schedulers.base": "Scheduler SchedulerMixin SchedulerOutput KarrasDiffusionSchedulers",
     "schedulers.discrete": "DDPMScheduler DDIMScheduler PNDMScheduler",
     "schedulers.euler": "EulerDiscreteScheduler EulerAncestralDiscreteScheduler",
     "schedulers.two_stage": "HeunDiscreteScheduler KDPM2DiscreteScheduler KDPM2AncestralDiscreteScheduler DPMSolverSDEScheduler",

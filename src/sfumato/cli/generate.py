@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..errors import SfumatoError, did_you_mean
+from ..errors import SfumatoError
 from ..hub import EMBEDDED_MODEL
 
 EXAMPLES = """
@@ -38,7 +38,9 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed", "-s", help="Seed; picture k uses seed + k. Default: random.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, or one number for a square.")] = None,
     count: Annotated[int, typer.Option("--count", "-c", min=1, help="Number of pictures.")] = 1,
-    scheduler: Annotated[str | None, typer.Option(help="Scheduler class, such as EulerDiscreteScheduler.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="See `sfumato schedulers`; 'DPM++ 2M Karras', say.")
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What the picture shall not show.")] = None,
     image: Annotated[str | None, typer.Option(help="Picture to start from (path or URL).")] = None,
     mask: Annotated[str | None, typer.Option(help="Mask for inpainting: white is painted anew (path or URL).")] = None,
@@ -102,10 +104,7 @@ def load(model: str | None, task: str, scheduler: str | None, device: str | None
         kind = registry.load(f"AutoPipelineFor{task}")
         pipe = kind.from_pretrained(model or EMBEDDED_MODEL, dtype=precision, device_map=device, **files)
         if scheduler:
-            name = scheduler if scheduler.endswith("Scheduler") else f"{scheduler}Scheduler"
-            if name not in registry.PUBLIC:
-                raise ValueError(f"--scheduler {scheduler}: there is no {name}{did_you_mean(name, registry.PUBLIC)}")
-            pipe.scheduler = registry.load(name).from_config(pipe.scheduler.config)
+            pipe.scheduler = registry.load("Scheduler").from_name(scheduler, pipe.scheduler.config)
     return pipe
 
 

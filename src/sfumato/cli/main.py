@@ -9,6 +9,7 @@ import typer
 from . import generate as generate_command
 from . import info as info_command
 from . import models as models_command
+from . import schedulers as schedulers_command
 from . import train as train_command
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command("generate", epilog=generate_command.EXAMPLES)(generate_command.generate)
 app.command("info", epilog=info_command.EXAMPLES)(info_command.info)
 app.command("models", epilog=models_command.EXAMPLES)(models_command.models)
+app.command("schedulers", epilog=schedulers_command.EXAMPLES)(schedulers_command.schedulers)
 app.add_typer(train_command.app, name="train")
 
 

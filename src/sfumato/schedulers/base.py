@@ -146,6 +146,22 @@ class SchedulerMixin(ConfigMixin):
 
     save_pretrained = ConfigMixin.save_config
 
+    @staticmethod
+    def from_name(name: str, config: Mapping[str, Any] | None = None, **overrides: Any) -> SchedulerMixin:
+        """Builds the scheduler that k-diffusion, ComfyUI or AUTOMATIC1111 calls ``name``: ``"DPM++ 2M Karras"``, ``"euler_a"``.
+
+        Args:
+            name: A sampler and, after it, a spacing of its levels; spelling is free (``dpmpp_2m_karras``). Or a class name.
+            config: Configuration to start from, ``pipe.scheduler.config`` say.
+            **overrides: Configuration values that take precedence.
+
+        Raises:
+            ValueError: The name is not known, or the scheduler has no such spacing; the message lists what there is.
+        """
+        from .names import from_name
+
+        return from_name(name, config, **overrides)
+
     @property
     def compatibles(self) -> list[type[SchedulerMixin]]:
         """Classes that can take this scheduler's configuration through ``from_config``."""
@@ -258,6 +274,9 @@ class SchedulerMixin(ConfigMixin):
         if return_dict:
             return type(self)._output(there, new[1])
         return (there,) if new[1] is None else (there, new[1])
+
+
+Scheduler = SchedulerMixin  # as users call it: ``Scheduler.from_name("dpmpp_2m_karras")``
 
 
 class LevelScheduler(SchedulerMixin):
