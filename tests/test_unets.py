@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 from pathlib import Path
 from typing import Any
@@ -386,9 +387,10 @@ def test_early_attention_names_load() -> None:
 
 
 @torch.no_grad()
-def test_ordered_weights_follow_every_change() -> None:
-    """A large convolution keeps a copy of its weights in the processor's order, which must never be stale nor be saved."""
-    conv, x = Conv2d(512, 512, 3, padding=1), noise(2, 512, 8, 8)
+@pytest.mark.parametrize("width", [4, 512])
+def test_ordered_weights_follow_every_change(width: int) -> None:
+    """A convolution keeps a copy of its weights in the processor's order, which must never be stale nor be saved."""
+    conv, x = Conv2d(width, width, 3, padding=1), noise(2, width, 8, 8)
 
     def check() -> None:
         expected = F.conv2d(x, conv.weight, conv.bias, padding=1)
@@ -401,6 +403,12 @@ def test_ordered_weights_follow_every_change() -> None:
     conv.weight.mul_(2)
     check()
     conv.weight.data.mul_(2)
+    check()
+    conv.weight.data = conv.weight.data + 1
+    check()
+    down, up = noise(width, 2), noise(2, width, seed=1)  # an adapter merged through `.data`
+    conv.weight.data[..., 1, 1].add_(down @ up)
+    conv.weight.data[..., 0, 0].add_(down @ up)
     check()
     conv.bfloat16()
     assert conv._ordered is None
@@ -427,9 +435,39 @@ def test_ordered_weights_stay_out_of_the_way() -> None:
 
 
 @torch.no_grad()
+def test_ordered_weights_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = sum(compute._kept.values())
+    convs, x = [Conv2d(64, 64, 3, padding=1) for _ in range(3)], noise(1, 64, 4, 4)
+    monkeypatch.setattr(compute, "ORDERED_LIMIT", kept + 2 * convs[0].weight.nbytes)
+    for conv in convs:
+        torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1))
+    assert [conv._ordered is not None for conv in convs] == [True, True, False]
+    del convs[0], conv
+    gc.collect()
+    convs[-1](x)
+    assert convs[-1]._ordered is not None, "room that a network leaves is used by the next"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_large_products_and_pointwise_convolutions(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    close = {"rtol": 1e-5 if dtype == torch.float32 else 0.02, "atol": 1e-5 if dtype == torch.float32 else 0.01}
+    x = noise(2, 256, 16, 16).to(dtype, memory_format=layout)
+    for out, bias in ((8, True), (256, True), (256, False)):
+        conv, linear = Conv2d(256, out, 1, bias=bias).to(dtype), compute.Linear(256, out, bias=bias).to(dtype)
+        torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, conv.bias), **close)
+        tokens = x.flatten(2).transpose(1, 2)
+        torch.testing.assert_close(linear(tokens), F.linear(tokens, linear.weight, linear.bias), **close)
+        torch.testing.assert_close(linear(tokens[0]), F.linear(tokens[0], linear.weight, linear.bias), **close)
+    with pytest.raises(RuntimeError, match="shape"):
+        linear(noise(4096, 255).to(dtype))
+
+
+@torch.no_grad()
 def test_bfloat16_is_no_less_precise_than_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute, "_lacks_bfloat16", lambda: True)
-    for layer, x in ((Conv2d(64, 64, 3, padding=1), noise(1, 64, 32, 32)), (compute.Linear(64, 64), noise(512, 64))):
+    for layer, x in ((Conv2d(64, 64, 3, padding=1), noise(1, 64, 32, 32)), (compute.Linear(128, 128), noise(512, 128))):
         plain = F.conv2d if isinstance(layer, Conv2d) else F.linear
         layer, x = layer.bfloat16(), x.bfloat16()
         emulated = plain(x, layer.weight, layer.bias, **({"padding": 1} if isinstance(layer, Conv2d) else {}))

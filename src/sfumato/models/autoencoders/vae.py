@@ -13,7 +13,7 @@ from torch import nn
 from ...outputs import BaseOutput
 from ..base import ModelMixin
 from ..layers.attention import Attention, upgrade_attention_names
-from ..layers.compute import Conv2d, pixels_last
+from ..layers.compute import Conv2d, GroupNorm, pixels_last
 from ..layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, activate
 
 RunBlock = Callable[..., torch.Tensor]
@@ -86,7 +86,7 @@ class SpatialNorm(nn.Module):
 
     def __init__(self, channels: int, latent_channels: int) -> None:
         super().__init__()
-        self.norm_layer = nn.GroupNorm(32, channels, eps=EPS)
+        self.norm_layer = GroupNorm(32, channels, eps=EPS)
         self.conv_y = Conv2d(latent_channels, channels, 1)
         self.conv_b = Conv2d(latent_channels, channels, 1)
 
@@ -146,7 +146,7 @@ class Layers:
 
     def norm(self, channels: int) -> nn.Module:
         """A normalisation."""
-        return nn.GroupNorm(self.groups, channels, eps=EPS) if self.latents is None else SpatialNorm(channels, self.latents)
+        return GroupNorm(self.groups, channels, eps=EPS) if self.latents is None else SpatialNorm(channels, self.latents)
 
 
 class MidBlock(nn.Module):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .compute import Linear
+from .compute import GroupNorm, Linear
 
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -20,7 +20,7 @@ def attend(
     broadcastable to (B, heads, N, M) -> (B, N, heads * D).
     """
     # (B, N, heads * D) -> (B, heads, N, D), views only
-    query, key, value = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    query, key, value = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         super().__init__()
         inner, context = heads * dim_head, cross_attention_dim or query_dim
         self.heads, self.residual_connection, self.rescale_output_factor = heads, residual_connection, rescale_output_factor
-        self.group_norm = nn.GroupNorm(norm_num_groups, query_dim, eps=eps) if norm_num_groups else None
+        self.group_norm = GroupNorm(norm_num_groups, query_dim, eps=eps) if norm_num_groups else None
         self.norm_cross = None
         if cross_attention_norm is not None:
             # with added tokens it is those that are normalised

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-MIN_WEIGHTS, MAX_PIXELS = 2**20, 2048
-"""Where putting the weights in order costs a good part of the convolution: many weights, few pixels."""
+MAX_PIXELS = 2048
+"""Over how few pixels, those of the batch together, putting the weights in order costs a good part of a convolution."""
+
+ORDERED_LIMIT = 5 * 2**29
+"""Bytes of ordered weights that a process keeps at most. Convolutions beyond it order theirs at every call, as torch does."""
+
+MIN_PRODUCTS = 2**22
+"""Multiplications from which oneDNN's matrix product outruns torch's default one, in spite of its dearer call."""
 
 
 def pixels_last(x: torch.Tensor) -> torch.Tensor:
@@ -25,72 +33,140 @@ def _lacks_bfloat16() -> bool:
 
 
 def _is_plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether this is inference on CPU that nothing else (compiler, autocast, wrapped tensors) has a hand in."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not torch.Tensor:
+    """Whether this is inference on CPU that oneDNN can do and nothing else (compiler, autocast, wrapped tensors) has a hand in."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not torch.Tensor or not x.is_cpu:
         return False
-    same_place = type(weight) is nn.Parameter and x.device.type == weight.device.type == "cpu" and x.dtype is weight.dtype
-    return same_place and not torch.is_autocast_enabled("cpu")
+    dtype, mkldnn = x.dtype, torch.backends.mkldnn
+    if dtype is not weight.dtype or dtype not in (torch.float32, torch.bfloat16) or type(weight) is not nn.Parameter:
+        return False
+    return weight.is_cpu and not torch.is_autocast_enabled("cpu") and mkldnn.is_available() and bool(mkldnn.enabled)
 
 
-def _widens(x: torch.Tensor, weight: torch.Tensor, min_rows: int) -> bool:
+def _widens(x: torch.Tensor, rows: int) -> bool:
     """Whether to compute in float32: x86 without bfloat16 arithmetic emulates it, three times slower.
 
     With few rows of the matrix product the conversion of the weights costs more than it gains.
     """
-    if x.dtype is not torch.bfloat16 or x.numel() < min_rows * weight.shape[1]:
-        return False
-    return _is_plain(x, weight) and _lacks_bfloat16()
+    return x.dtype is torch.bfloat16 and rows >= 96 and _lacks_bfloat16()
+
+
+def _wide(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if t is None else t.float() for t in tensors)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Large plain inference: oneDNN's matrix product is the faster one."""
+    if _widens(x, x.numel() // weight.shape[1]):
+        return _linear(*_wide(x, weight, bias)).bfloat16()
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+class GroupNorm(nn.GroupNorm):
+    """A group normalisation that calls torch without ceremony: networks of many small layers feel it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, C, ...)`` -> the same."""
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """A layer normalisation that calls torch without ceremony."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., C)`` -> the same."""
+        return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes bfloat16 in float32 where the CPU would emulate it."""
+    """A linear layer that, in inference on CPU, takes the faster of two matrix libraries.
+
+    It computes bfloat16 in float32 where the CPU would emulate it.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., in_features)`` -> ``(..., out_features)``."""
-        if _widens(x, self.weight, 96):
-            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float()).bfloat16()
-        return F.linear(x, self.weight, self.bias)
+        weight = self.weight
+        if x.numel() * self.out_features < MIN_PRODUCTS or x.shape[-1] != self.in_features or not _is_plain(x, weight):
+            return F.linear(x, weight, self.bias)
+        return _linear(x, weight, self.bias)
+
+
+class _Ordered:
+    """A convolution's weights in oneDNN's order, and what tells whether they are still those of the parameter."""
+
+    def __init__(self, conv: Conv2d, x: torch.Tensor) -> None:
+        weight = conv.weight.detach()
+        self.version, self.place = _version(conv.weight), weight.data_ptr()
+        # writes through `.data` leave the version as it is, so a grid of 8x8 weights is compared too
+        self.probe = weight[:: conv.out_channels // 8 or 1, :: conv.in_channels // 8 or 1, 0, 0]
+        self.seen = self.probe.clone()
+        shape: Any = (conv.padding, conv.stride, conv.dilation, 1)
+        # from channels-last weights oneDNN has a quick way
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        self.weights = torch.ops.mkldnn._reorder_convolution_weight(weight, *shape, x.shape)
+        self.options = (*shape, "none", [], "")
+
+    def holds(self, weight: torch.Tensor) -> bool:
+        """Whether ``weight`` is what was ordered."""
+        same = self.place == weight.data_ptr() and self.version == _version(weight) and self.probe.dtype is weight.dtype
+        return same and torch.equal(self.probe, self.seen)
+
+
+def _version(weight: torch.Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
+_kept: weakref.WeakKeyDictionary[_Ordered, int] = weakref.WeakKeyDictionary()  # with their bytes
+_lock = threading.Lock()
+
+
+def _keep(ordered: _Ordered, size: int) -> bool:
+    """Counts ordered weights against the limit; whether there is room for them."""
+    with _lock:
+        fits = sum(_kept.values()) + size <= ORDERED_LIMIT
+        if fits:
+            _kept[ordered] = size
+    return fits
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution that, in inference on CPU, puts large weights in oneDNN's order once rather than at every call.
+    """A convolution that, in inference on CPU, puts its weights in oneDNN's order once rather than at every call.
 
-    The ordered copy is made on first use, stands in no state dictionary, and is made again when the weights have changed.
+    The ordered copy is made when the convolution first sees few pixels (:data:`MAX_PIXELS`), stands in no state dictionary, is
+    bounded by :data:`ORDERED_LIMIT`, and is made again when the weights have changed. It sees every change but one: a write through
+    ``weight.data`` that leaves a grid of 64 weights as they are; write to the parameter itself, under ``torch.no_grad()``.
     Like :class:`Linear`, it computes bfloat16 in float32 where the CPU would emulate it.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding: int = 0, bias: bool = True):
         super().__init__(in_channels, out_channels, kernel, stride, padding, bias=bias)
-        self.is_large = self.weight.numel() >= MIN_WEIGHTS and kernel > 1
-        self._ordered: tuple[int, torch.Tensor, torch.Tensor] | None = None
+        self.is_pointwise = (kernel, stride, padding) == (1, 1, 0)
+        self._ordered: _Ordered | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, C, H, W)`` -> ``(B, C', H', W')``."""
-        if _widens(x, self.weight, 192):
-            return self._conv_forward(x.float(), self.weight.float(), None if self.bias is None else self.bias.float()).bfloat16()
-        if not self.is_large or not self._pays(x):
-            return self._conv_forward(x, self.weight, self.bias)
-        options: Any = (self.padding, self.stride, self.dilation, 1, "none", [], "")
-        return torch.ops.mkldnn._convolution_pointwise(x, self._order(x), self.bias, *options)
+        weight, bias = self.weight, self.bias
+        if x.dim() != 4 or x.shape[1] != self.in_channels or not _is_plain(x, weight):
+            return self._conv_forward(x, weight, bias)
+        rows = x.numel() // self.in_channels
+        if self.is_pointwise and x.is_contiguous(memory_format=torch.channels_last):
+            # a linear layer over the channels of each pixel
+            matrix, large = weight.flatten(1), x.numel() * self.out_channels >= MIN_PRODUCTS
+            return (_linear if large else F.linear)(x.permute(0, 2, 3, 1), matrix, bias).permute(0, 3, 1, 2)
+        if _widens(x, rows // 2):  # a convolution gains less
+            return self._conv_forward(*_wide(x, weight, bias)).bfloat16()
+        if not 0 < rows <= MAX_PIXELS:
+            return self._conv_forward(x, weight, bias)
+        held = self._ordered
+        if held is None or not held.holds(weight):
+            held = self._order(x)
+        return torch.ops.mkldnn._convolution_pointwise.default(x, held.weights, bias, *held.options)
 
-    def _pays(self, x: torch.Tensor) -> bool:
-        if x.dim() != 4 or x.shape[1] != self.in_channels or not 0 < x.shape[0] * x.shape[2] * x.shape[3] <= MAX_PIXELS:
-            return False
-        if x.dtype not in (torch.float32, torch.bfloat16) or not _is_plain(x, self.weight):
-            return False
-        return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-
-    def _order(self, x: torch.Tensor) -> torch.Tensor:
-        weight, held = self.weight.detach(), self._ordered
-        version = 0 if weight.is_inference() else self.weight._version
-        # writes through `.data` leave the version as it is, so a grid of 8x8 weights is compared too
-        probe = weight[:: self.out_channels // 8 or 1, :: self.in_channels // 8 or 1, 0, 0]
-        if held is None or held[0] != version or held[1].dtype != probe.dtype or not torch.equal(held[1], probe):
-            reorder = torch.ops.mkldnn._reorder_convolution_weight
-            ordered = reorder(weight.contiguous(), self.padding, self.stride, self.dilation, 1, x.shape)
-            # one assignment: threads that come here together make the same copy
-            self._ordered = held = version, probe.clone(), ordered
-        return held[2]
+    def _order(self, x: torch.Tensor) -> _Ordered:
+        self._ordered, made = None, _Ordered(self, x)
+        if _keep(made, self.weight.nbytes):
+            self._ordered = made  # threads that come here together make the same copy
+        return made
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._ordered = None

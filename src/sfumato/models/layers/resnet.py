@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .compute import Conv2d
+from .compute import Conv2d, GroupNorm
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "swish": nn.SiLU, "mish": nn.Mish, "gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -86,11 +86,11 @@ class ResnetBlock2D(nn.Module):
         out_channels = out_channels or in_channels
         self.scale_shift = time_embedding_norm == "scale_shift"
         self.output_scale_factor = output_scale_factor
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         if temb_channels is not None:
             self.time_emb_proj = nn.Linear(temb_channels, out_channels * (2 if self.scale_shift else 1))
-        self.norm2 = nn.GroupNorm(groups_out or groups, out_channels, eps=eps)
+        self.norm2 = GroupNorm(groups_out or groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.nonlinearity = activation(act)
@@ -113,7 +113,8 @@ class ResnetBlock2D(nn.Module):
         if temb is not None and self.scale_shift:
             scale, shift = temb.chunk(2, dim=1)
             h = h * (1 + scale) + shift
-        h = self.conv2(self.dropout(activate(self.nonlinearity, h)))
+        h = activate(self.nonlinearity, h)
+        h = self.conv2(self.dropout(h) if self.training else h)
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         h = add(h, x)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import Attention
-from .compute import Conv2d, Linear
+from .compute import Conv2d, GroupNorm, LayerNorm, Linear
 from .resnet import add
 
 
@@ -34,7 +34,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, N, dim)`` -> the same."""
-        return self.net(x)
+        gated, _, out = self.net
+        return out(gated(x))
 
 
 class BasicTransformerBlock(nn.Module):
@@ -47,11 +48,11 @@ class BasicTransformerBlock(nn.Module):
         super().__init__()
         self.only_cross_attention = only_cross_attention
         first_context = cross_attention_dim if only_cross_attention else None
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn1 = Attention(dim, cross_attention_dim=first_context, heads=heads, dim_head=dim_head)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.attn2 = Attention(dim, cross_attention_dim=cross_attention_dim, heads=heads, dim_head=dim_head)
-        self.norm3 = nn.LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
         self.ff = FeedForward(dim)
 
     def forward(
@@ -76,7 +77,7 @@ class Transformer2D(nn.Module):
         super().__init__()
         dim_head = channels // heads
         inner = heads * dim_head
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.linear_projection = linear_projection
         self.proj_in = Linear(channels, inner) if linear_projection else Conv2d(channels, inner, 1)
         blocks = [BasicTransformerBlock(inner, heads, dim_head, cross_attention_dim, only_cross_attention) for _ in range(depth)]

@@ -16,6 +16,7 @@ from torch import nn
 from ...config import plain
 from ...outputs import BaseOutput
 from ..base import ModelMixin
+from ..layers.compute import LayerNorm, Linear
 
 _PREFIX = "text_model."
 
@@ -41,8 +42,8 @@ class CLIPAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.k_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.q_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.k_proj, self.v_proj = Linear(width, width), Linear(width, width)
+        self.q_proj, self.out_proj = Linear(width, width), Linear(width, width)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """``x`` (B, N, D), additive ``mask`` (B, 1, N, N) or ``None`` for a causal one -> (B, N, D)."""
@@ -56,7 +57,7 @@ class CLIPMLP(nn.Module):
 
     def __init__(self, width: int, inner: int, act: str) -> None:
         super().__init__()
-        self.fc1, self.fc2, self.quick = nn.Linear(width, inner), nn.Linear(inner, width), act == "quick_gelu"
+        self.fc1, self.fc2, self.quick = Linear(width, inner), Linear(inner, width), act == "quick_gelu"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -70,7 +71,7 @@ class CLIPLayer(nn.Module):
     def __init__(self, width: int, heads: int, inner: int, act: str, eps: float) -> None:
         super().__init__()
         self.self_attn, self.mlp = CLIPAttention(width, heads), CLIPMLP(width, inner, act)
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
+        self.layer_norm1, self.layer_norm2 = LayerNorm(width, eps=eps), LayerNorm(width, eps=eps)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """As :class:`CLIPAttention`."""
@@ -117,7 +118,7 @@ class CLIPTextModel(ModelMixin):
         self.embeddings = nn.ModuleDict({name: embedding(count, hidden_size) for name, count in tables.items()})
         layer = (hidden_size, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(CLIPLayer(*layer) for _ in range(num_hidden_layers))})
-        self.final_layer_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.final_layer_norm = LayerNorm(hidden_size, eps=layer_norm_eps)
         self.eos_token_id = eos_token_id
 
     def forward(

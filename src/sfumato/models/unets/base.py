@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import ConfigError, did_you_mean
 from ...outputs import BaseOutput
 from ..base import ModelMixin
-from ..layers.compute import Conv2d
+from ..layers.compute import Conv2d, GroupNorm
 from ..layers.embeddings import TimestepEmbedding, sinusoids
 from ..layers.resnet import ACTIVATIONS, activate, activation
 from .blocks import DOWN_BLOCKS, UP_BLOCKS, Conditions, DownBlock, Kind, Level, MidBlock, Shared, UpBlock, find_kind, spread
@@ -155,7 +155,7 @@ class UNetBase(ModelMixin):
 
     def _build_out(self, groups: int | None, act: str, kernel: int = 3) -> None:
         config, width = self.config, self.config.block_out_channels[0]
-        self.conv_norm_out = None if groups is None else nn.GroupNorm(groups, width, eps=config.norm_eps)
+        self.conv_norm_out = None if groups is None else GroupNorm(groups, width, eps=config.norm_eps)
         self.conv_act = None if groups is None else activation(act)
         self.conv_out = Conv2d(width, config.out_channels, kernel, padding=(kernel - 1) // 2)
 
