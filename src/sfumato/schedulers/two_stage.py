@@ -68,8 +68,8 @@ class TwoStageScheduler(ExplodingScheduler):
         x0 = self._denoise(output, x, self._signal_noise(level)[0], level)
         if self._start is not None:
             new, self._start = self.second(output, x, x0, (here, level, there), self._start, noise), None
-        elif there == 0:
-            new = x0
+        elif i + 1 == len(self._times):
+            new = self._move(output, x, x0, here, there)
         else:
             new, self._start = self.first(output, x, x0, (here, self._middle(here, there), there), noise)
         return self._step(sample, (new, x0), return_dict)
