@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .schedulers import case_schedulers
 from .training import case_training
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -250,7 +251,7 @@ def case_call(runs: int) -> Iterator[Row]:
 
 CASES: dict[str, Callable[[int], Iterator[Row]]] = {
     "import": case_import, "load": case_load, "unet": case_unet, "vae": case_vae, "step": case_step, "call": case_call,
-    "training": case_training,
+    "training": case_training, "schedulers": case_schedulers,
 }  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from ..random import Generators, randn
 from .base import Device, StepResult, StepScheduler, Time, Update, one_source, wide
 from .noise import given_steps, one_of
-from .prediction import mix, noise_coefficients, split_variance
+from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance
 
 
 class DDPMScheduler(StepScheduler):
@@ -159,9 +158,9 @@ class PNDMScheduler(StepScheduler):
     def _reset(self) -> None:
         super()._reset()
         self._calls = 0
-        self._history: list[Tensor] = []
+        self._history: list[Tensor] = []  # the latest first
+        self._stages: list[Tensor] = []  # of a Runge-Kutta step
         self._base: Tensor | None = None  # where the evaluations of one step set out from
-        self._slope: Tensor | float = 0.0
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
         """Lays out a run; ``timesteps`` on ``device`` holds one entry per network evaluation.
@@ -195,28 +194,30 @@ class PNDMScheduler(StepScheduler):
         """One of the four evaluations of eq. 13."""
         stage = self._calls % 4
         if stage == 0:
-            self._history.append(output)
-            self._base, self._slope = x, 0.0
-        self._slope = output * (1 / 6, 1 / 3, 1 / 3, 1 / 6)[stage] + self._slope
-        base = x if self._base is None else self._base
+            self._history = [output, *self._history]
+            self._base, self._stages = x, []
+        self._stages.append(output)
         start, reach = int(self._times[self._calls - stage]), t - (0 if stage % 2 else stride // 2)
-        return self._transfer(output if stage < 3 else self._slope, base, start, reach)
+        base = x if self._base is None else self._base
+        weights, outputs = ([1.0], [output]) if stage < 3 else ([1 / 6, 1 / 3, 1 / 3, 1 / 6], self._stages)
+        return self._transfer(weights, outputs, base, start, reach)
 
     def update(self, output: Tensor, t: int, x: Tensor, stride: int) -> Tensor:
         """Adams-Bashforth on the predicted noise (eq. 12); without warm-up the second call repeats the first step (Heun)."""
         if self._calls == 1 and self._base is not None:
             x, self._base = self._base, None
-            return self._transfer((output + self._history[0]) / 2, x, t + stride, t)
-        self._history = [*self._history[-3:], output]
+            return self._transfer([0.5, 0.5], [output, self._history[0]], x, t + stride, t)
+        self._history = [output, *self._history[:3]]
         if self._calls == 0:
             self._base = x
-        weights = ((1.0,), (-0.5, 1.5), (5 / 12, -16 / 12, 23 / 12), (-9 / 24, 37 / 24, -59 / 24, 55 / 24))[len(self._history) - 1]
-        slope = sum(w * h for w, h in zip(weights, self._history, strict=True))
-        return self._transfer(slope, x, t, t - stride)
+        count = len(self._history)
+        weights = polynomial_weights([-float(k) for k in range(count)], [1 / (k + 1) for k in range(count)])
+        return self._transfer(weights, self._history, x, t, t - stride)
 
-    def _transfer(self, output: Any, x: Tensor, t: int, to: int) -> Tensor:
-        """Moves ``x`` from training step ``t`` to step ``to`` along the predicted noise (eq. 11, which is DDIM's transfer)."""
+    def _transfer(self, weights: list[float], outputs: list[Tensor], x: Tensor, t: int, to: int) -> Tensor:
+        """Moves ``x`` between training steps along the weighted predictions of the noise (eq. 11, which is DDIM's transfer)."""
         here, there = self._alpha_bar[t], self._alpha_bar_at(to)
-        if self.config["prediction_type"] == "v_prediction":
-            output = mix((math.sqrt(1 - here), math.sqrt(here)), x, output)
-        return mix((math.sqrt(there / here), math.sqrt(1 - there) - math.sqrt(there * (1 - here) / here)), x, output)
+        keep, turn = math.sqrt(there / here), math.sqrt(1 - there) - math.sqrt(there * (1 - here) / here)
+        if self._kind == "v_prediction":
+            keep, turn = keep + turn * math.sqrt(1 - here), turn * math.sqrt(here)
+        return blend((keep, *(turn * weight for weight in weights)), (x, *outputs))
