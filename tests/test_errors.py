@@ -79,6 +79,9 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("text", {"guidance_scale": "7"}, ValueError, r"guidance_scale='7' must be a finite number"),
     ("text", {"guidance_scale": NAN}, ValueError, r"guidance_scale=nan must be a finite number"),
     ("text", {"guidance_rescale": None}, ValueError, r"guidance_rescale=None must be a finite number"),
+    ("text", {"guidance_rescale": 1.5}, ValueError, r"guidance_rescale=1\.5 must lie in 0\.\.1"),
+    ("text", {"prompt": None, "prompt_embeds": embeds(shape=(1, 77, 31))}, ValueError, r"prompt_embeds is 31 wide, .* reads 32"),
+    ("text", {"negative_prompt_embeds": embeds(shape=(1, 77, 9))}, ValueError, r"negative_prompt_embeds is 9 wide, .* reads 32"),
     ("text", {"timesteps": [5, 1]}, ValueError, r"DDIMScheduler takes no custom timesteps; .*EulerDiscreteScheduler"),
     ("text", {"timesteps": [5], "sigmas": [1.0]}, ValueError, r"timesteps and sigmas are both given: pass one"),
     ("text", {"callback_on_step_end_tensor_inputs": ["x"]}, ValueError, r"tensor_inputs has 'x'; .*'latents'"),
@@ -165,6 +168,19 @@ def test_constructor_names_the_argument(pipes: dict[str, Any]) -> None:
         sfumato.StableDiffusionPipeline(*list(parts.values())[:7], vae=parts["vae"])
     with pytest.raises(ValueError, match=r"safety_checker needs its feature_extractor: pass both, or safety_checker=None"):
         sfumato.StableDiffusionPipeline(**{**parts, "safety_checker": torch.nn.Identity()})
+    wrong: list[tuple[str, Any, str]] = [
+        ("vae", "x", r"vae is 'x', expected an autoencoder: load it by"),
+        ("vae", parts["unet"], "vae is a UNet2DConditionModel, expected an autoencoder"),
+        ("unet", parts["vae"], "unet is a AutoencoderKL, expected a denoiser"),
+        ("unet", parts["scheduler"], "unet is a DDIMScheduler, expected a denoiser"),
+        ("unet", sfumato.UNet2DConditionModel, r"unet is <class .*UNet2DConditionModel'>, expected a denoiser"),
+        ("scheduler", "EulerDiscreteScheduler", "scheduler is 'EulerDiscreteScheduler', expected a scheduler of this library"),
+        ("text_encoder", parts["tokenizer"], "text_encoder is a CLIPTokenizer.*, expected a network"),
+        ("tokenizer", parts["text_encoder"], "tokenizer is a CLIPTextModel, expected a tokenizer"),
+    ]
+    for name, component, message in wrong:
+        with pytest.raises(TypeError, match=message):
+            sfumato.StableDiffusionPipeline(**{**parts, name: component})
     with pytest.raises(ValueError, match=r"4 or 9 input channels, this one has 3"):
         changed = sfumato.UNet2DConditionModel.from_config(parts["unet"].config, in_channels=3)
         sfumato.StableDiffusionInpaintPipeline(**{**parts, "unet": changed})

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import sfumato
 
@@ -103,6 +104,20 @@ def test_local_folder_needs_no_network(checkpoint: Checkpoint, expected: float) 
     done = run_python(NO_SOCKETS + DRAW.format(name=str(checkpoint(SD)[0]), options=""))
     assert done.returncode == 0, done.stdout + done.stderr
     assert float(done.stdout.split()[-1]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("environment", [{"HF_ENDPOINT": DEAD}, {"HF_HUB_OFFLINE": "1"}], ids=["network down", "offline mode"])
+def test_info_without_network(cache: Path, environment: dict[str, str]) -> None:
+    show = f"from sfumato.cli.main import app; app(['info', {REPOSITORY!r}])"
+    done = run_python(show, HF_HUB_CACHE=str(cache), COLUMNS="200", **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    snapshot = cache / "models--owner--tiny" / "snapshots" / ("a" * 40)
+    count = sum(t.numel() for t in load_file(snapshot / "unet" / "diffusion_pytorch_model.safetensors").values())
+    assert f"{count:,}" in done.stdout
+    shutil.rmtree(snapshot / "vae")
+    done = run_python(show, HF_HUB_CACHE=str(cache), **environment)
+    assert done.returncode == 1
+    assert "the hub cannot be reached and the cache has no 'vae' of owner/tiny: connect once" in done.stderr.replace("\n", " ")
 
 
 FETCH = """

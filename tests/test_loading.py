@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -368,6 +369,49 @@ def test_text_encoder_of_pickle_alone(folder: Path) -> None:
     path.rename(path.with_name("pytorch_model.bin"))
     with pytest.raises(sfumato.WeightsError, match=r"only pickle weights \(pytorch_model.bin\), which can run code"):
         load(folder)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("component", ["vae", "tokenizer", "scheduler"])
+def test_interrupted_save_leaves_the_old_pipeline(folder: Path, component: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever component is being written: no mixture of old and new ones."""
+    pipe, before = load(folder), contents(folder)
+    with torch.no_grad():
+        for network in pipe.modules().values():
+            for parameter in network.parameters():
+                parameter.zero_()
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(pipe.components[component]), "save_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.save_pretrained(folder)
+    assert contents(folder) == before
+
+
+def test_killed_save_leaves_the_old_pipeline(folder: Path) -> None:
+    code = f"""
+import os, sfumato
+pipe = sfumato.DiffusionPipeline.from_pretrained({str(folder)!r})
+pipe.unet.bfloat16(), pipe.vae.bfloat16()
+type(pipe.unet).save_pretrained = lambda *args, **kwargs: os.kill(os.getpid(), 9)
+pipe.save_pretrained({str(folder)!r})
+"""
+    expected = draw(load(folder))
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    np.testing.assert_array_equal(draw(load(folder)), expected)
+    load(folder).save_pretrained(folder)  # and saving works again
+    np.testing.assert_array_equal(draw(load(folder)), expected)
+
+
+def test_ready_components_of_the_wrong_kind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sfumato.UNet2DConditionModel, "from_folder", lambda *a: pytest.fail("loaded before the error"))
+    with pytest.raises(TypeError, match=r"vae is '.*/vae', expected an autoencoder: load it by the `from_pretrained`"):
+        load(folder, vae=str(folder / "vae"))
 
 
 def test_save_to_a_file(folder: Path) -> None:

@@ -319,17 +319,17 @@ def test_really_full_disk(reference: Any, small_disk: Path, folder: Path, size: 
 
 
 def test_really_full_disk_for_a_component_of_transformers(checkpoint: Callable[[str], tuple[Path, Any]], small_disk: Path) -> None:
-    from sfumato.pipelines.loading import save_component
+    from sfumato.pipelines.loading import save_components
 
-    (small_disk / "text_encoder").mkdir()
     encoder = transformers.CLIPTextModel.from_pretrained(checkpoint("StableDiffusionPipeline")[0] / "text_encoder")
-    save_component(encoder, small_disk / "text_encoder", None, "10GB")
+    options: Any = {"variant": None, "max_shard_size": "10GB"}
+    save_components({"text_encoder": encoder}, {}, small_disk, **options)
     before = files(small_disk / "text_encoder")
     (small_disk / "ballast").write_bytes(bytes(950_000))
     with pytest.raises(OSError, match=r"could not write .*text_encoder .*; the old files are unchanged"):
-        save_component(encoder, small_disk / "text_encoder", None, "10GB")
+        save_components({"text_encoder": encoder}, {}, small_disk, **options)
     assert files(small_disk / "text_encoder") == before
-    assert sorted(p.name for p in small_disk.iterdir()) == ["ballast", "text_encoder"]
+    assert sorted(p.name for p in small_disk.iterdir()) == ["ballast", "model_index.json", "text_encoder"]
 
 
 def test_saving_in_another_form_leaves_nothing_outdated(folder: Path, reference: Any) -> None:

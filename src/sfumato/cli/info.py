@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -97,16 +98,25 @@ def describe(source: Source, name: str, entry: list[str]) -> Part:
 
 
 def headers(source: Source, part: str) -> list[list[dict[str, Any]]]:
-    """The tensors that each safetensors file of a component lists, of its plain files where it has several variants."""
-    if source.is_local:
-        return [read_header(p) for p in plain_files((Path(source.name) / part).glob("*.safetensors"))]
-    from huggingface_hub import HfApi
+    """The tensors that each safetensors file of a component lists, of its plain files where it has several variants.
 
-    api, repository, revision = HfApi(token=source.token), str(source.name), source.revision
-    files = [Path(f) for f in api.list_repo_files(repository, revision=revision) if f.startswith(f"{part}/")]
-    chosen = [f.as_posix() for f in plain_files(f for f in files if f.suffix == ".safetensors")]
-    metadata = [api.parse_safetensors_file_metadata(repository, f, revision=revision) for f in chosen]
-    return [[vars(t) for t in m.tensors.values()] for m in metadata]
+    A repository is asked; where the hub cannot be reached, the files that the cache has of it are read.
+    """
+    folder = Path(source.name)
+    if not source.is_local:
+        from huggingface_hub import HfApi
+
+        api, repository, revision = HfApi(token=source.token), str(source.name), source.revision
+        try:
+            files = [Path(f) for f in api.list_repo_files(repository, revision=revision) if f.startswith(f"{part}/")]
+            chosen = [f.as_posix() for f in plain_files(f for f in files if f.suffix == ".safetensors")]
+            metadata = [api.parse_safetensors_file_metadata(repository, f, revision=revision) for f in chosen]
+            return [[vars(t) for t in m.tensors.values()] for m in metadata]
+        except Exception:  # whichever transport the hub client uses
+            folder = replace(source, local_files_only=True).fetch([f"{part}/*"])
+            if not (folder / part).is_dir():
+                raise HubError(f"the hub cannot be reached and the cache has no {part!r} of {source.name}: connect once") from None
+    return [read_header(p) for p in plain_files((folder / part).glob("*.safetensors"))]
 
 
 def plain_files(files: Iterable[Path]) -> list[Path]:

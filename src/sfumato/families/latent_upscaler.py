@@ -17,7 +17,7 @@ from ..pipelines.run import Run
 from ..pipelines.tasks import Task, encode_pictures
 from ..pipelines.text import encode_clip_pooled
 from ..schedulers.euler import ExplodingScheduler
-from .stable_diffusion import StableDiffusion, check_generators, negative_texts, prompt_count
+from .stable_diffusion import StableDiffusion, check_generators, check_width, negative_texts, prompt_count
 
 NOISE_LEVEL_WIDTH = 128
 """Width of the embedding of the noise level of the conditioning latents, which is always zero: ones, then zeros."""
@@ -63,6 +63,8 @@ class StableDiffusionLatentUpscalePipeline(
         args = run.args
         if (args.prompt_embeds is None) != (args.pooled_prompt_embeds is None):
             raise ValueError("prompt_embeds and pooled_prompt_embeds belong together: pass both or neither")
+        pooled_width = self.unet.config.time_cond_proj_dim - NOISE_LEVEL_WIDTH
+        check_width(args, ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), pooled_width)
         if not isinstance(self.scheduler, ExplodingScheduler):
             name = type(self.scheduler).__name__
             raise ValueError(f"the latent upscaler works on noise levels, as EulerDiscreteScheduler does, not {name}")

@@ -13,6 +13,7 @@ that draw the source's latents, or the low-resolution noise, from the first gene
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -103,6 +104,8 @@ class StableDiffusion(DiffusionPipeline):
             if value is not None and (not isinstance(value, int) or value < 8 or value % 8):
                 raise ValueError(f"{name}={value!r} must be a positive multiple of 8 (and of {factor} to be met exactly)")
         check_prompts(args)
+        config = self.unet.config
+        check_width(args, ("prompt_embeds", "negative_prompt_embeds"), config.get("encoder_hid_dim") or config.cross_attention_dim)
         if args.ip_adapter_image is not None or args.ip_adapter_image_embeds is not None:
             raise ValueError("ip_adapter_image is given, but no IP-Adapter is loaded in this pipeline")
         if args.cross_attention_kwargs:
@@ -223,6 +226,16 @@ def check_prompts(args: Any) -> None:
     if len(set(shapes)) == 2:
         raise ValueError(f"prompt_embeds {shapes[0]} and negative_prompt_embeds {shapes[1]} differ in shape")
     check_count(args, "num_images_per_prompt")
+
+
+def check_width(args: Any, names: tuple[str, ...], width: int | Sequence[int]) -> None:
+    """Refuses embeddings of another width than the denoiser's ``width``, one for all its levels or one for each."""
+    widths = {width} if isinstance(width, int) else set(width)
+    for name in names:
+        embeds = getattr(args, name)
+        if embeds is not None and widths != {embeds.shape[-1]}:
+            expected = " or ".join(map(str, sorted(widths)))
+            raise ValueError(f"{name} is {embeds.shape[-1]} wide, this denoiser reads {expected}: encode with its own text encoder")
 
 
 def prompt_count(args: Any) -> int:

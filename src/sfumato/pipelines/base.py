@@ -76,6 +76,7 @@ class DiffusionPipeline:
         missing = [n for n in cls.component_names if n not in given and n not in cls.optional_components]
         if missing:
             raise TypeError(f"{cls.__name__}() lacks the component(s) {', '.join(missing)}")
+        loading.check_kinds({name: given.get(name) for name in cls.component_names})
         self._options = {name: given.get(name, default) for name, default in cls.options.items()}
         self._name_or_path: str | None = None
         self._progress: dict[str, Any] = {}
@@ -172,6 +173,7 @@ class DiffusionPipeline:
         refuse_unknown(given, (*names, *cls.options), f"{cls.__name__}.from_pretrained has no argument or component")
         for name in request.dtypes.keys() - {*names, "default"}:
             raise ValueError(f"dtype names {name!r}, no component of {cls.__name__}{did_you_mean(name, names)}")
+        loading.check_kinds(given)
         options = {name: given.pop(name, index.get(name, default)) for name, default in cls.options.items()}
         entries = {n: index.get(n) or [None, None] for n in names}
         for name, entry in entries.items():
@@ -199,15 +201,14 @@ class DiffusionPipeline:
         max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
     ) -> None:
-        """Writes every component into its folder and, last, ``model_index.json``; the reference loads the result.
+        """Writes every component into its folder, and ``model_index.json``; the reference loads the result.
+
+        A failure or an interruption while the files are written leaves an older pipeline in the folder as it was.
 
         The arguments are those of a network's ``save_pretrained``.
         """
         folder = weights.output_folder(save_directory, safe_serialization)
-        for name, component in self.components.items():
-            if component is not None:
-                loading.save_component(component, folder / name, variant, max_shard_size)
-        loading.write_index(folder / self.config_name, self.config)
+        loading.save_components(self.components, self.config, folder, variant=variant, max_shard_size=max_shard_size)
 
     @classmethod
     def from_pipe(cls: type[_P], pipeline: DiffusionPipeline, **components: Any) -> _P:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,19 @@ from ..errors import ConfigError, HubError, WeightsError, did_you_mean
 from ..files import write_atomically
 from ..hub import Source
 from ..models.base import ModelMixin, checked_dtype
+from ..schedulers.base import SchedulerMixin
 
+_NETWORK = ("a network", lambda c: isinstance(c, torch.nn.Module))
+_AUTOENCODER = ("an autoencoder", lambda c: isinstance(c, torch.nn.Module) and hasattr(c, "decode"))
+_SCHEDULER = ("a scheduler of this library", lambda c: isinstance(c, SchedulerMixin))
+_PROCESSOR = ("a tokenizer or processor", lambda c: callable(c) and not isinstance(c, (type, torch.nn.Module)))
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "unet": ("a denoiser", lambda c: isinstance(c, torch.nn.Module) and not hasattr(c, "decode")),
+    **dict.fromkeys(("vae", "vqvae"), _AUTOENCODER),
+    **dict.fromkeys(("text_encoder", "image_encoder", "safety_checker", "depth_estimator"), _NETWORK),
+    **dict.fromkeys(("scheduler", "low_res_scheduler"), _SCHEDULER),
+    **dict.fromkeys(("tokenizer", "feature_extractor"), _PROCESSOR),
+}
 _TRANSFORMERS_WEIGHTS = "model.safetensors"
 # What a component of another library may consist of, beside weights: configuration, vocabularies, and nothing executable.
 _TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -158,6 +171,15 @@ def component_class(name: str, library: str, class_name: str) -> type:
     raise ConfigError(f"component {name!r} is a {library}.{class_name}, {refusal}")
 
 
+def check_kinds(components: Mapping[str, Any]) -> None:
+    """Refuses, with a ``TypeError``, a component of another kind than its name says: a path, a class, the wrong way round."""
+    for name, component in components.items():
+        expected, fits = _KINDS.get(name, ("", lambda _: True))
+        if component is not None and not fits(component):
+            what = f"a {type(component).__name__}" if type(component).__module__ != "builtins" else repr(component)
+            raise TypeError(f"{name} is {what}, expected {expected}: load it by the `from_pretrained` of its class and pass it")
+
+
 def describe(component: Any) -> list[str | None]:
     """The ``[library, class]`` entry of a component in ``model_index.json``."""
     if component is None:
@@ -168,28 +190,35 @@ def describe(component: Any) -> list[str | None]:
     return [registry.FORMAT_LIBRARY.get(name, "diffusers"), name]
 
 
-def save_component(component: Any, folder: Path, variant: str | None, max_shard_size: int | str) -> None:
-    """Writes one component; a failure leaves the old files whole."""
-    options = {"variant": variant, "max_shard_size": max_shard_size} if isinstance(component, torch.nn.Module) else {}
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(component, ConfigMixin):
-        component.save_pretrained(folder, **options)  # type: ignore[attr-defined]
-        return
-    # Other libraries write in place, perhaps into the very file that their weights are mapped from: they get a folder of their own.
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        try:
-            component.save_pretrained(temporary, **options)
-        except Exception as error:
-            raise OSError(f"could not write {folder} ({error}); the old files are unchanged") from error
-        written = {folder / p.relative_to(temporary): p for p in Path(temporary).rglob("*") if p.is_file()}
-        for path, new in written.items():
-            path.parent.mkdir(exist_ok=True)
-            new.replace(path)
-    if options:
-        weights.remove_outdated(folder, _TRANSFORMERS_WEIGHTS, variant, written)
+def save_components(components: Mapping[str, Any], index: Mapping[str, Any], folder: Path, **options: Any) -> None:
+    """Writes a pipeline's components and ``model_index.json``; ``options`` are those of a network's ``save_pretrained``.
+
+    All is written to a folder of its own first, within ``folder``, and moved into place when it is whole: whatever fails or is
+    interrupted until then leaves the old pipeline as it was.
+    """
+    present = {name: component for name, component in components.items() if component is not None}
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        staging = Path(temporary)
+        for name, component in present.items():
+            _write_component(component, staging / name, folder / name, options)
+        text = json.dumps({k: plain(v) for k, v in sorted(index.items()) if k != "_name_or_path"}, indent=2) + "\n"
+        write_atomically(staging / "model_index.json", lambda path: path.write_text(text, encoding="utf-8"))
+        written = [p.relative_to(staging) for p in staging.rglob("*") if p.is_file()]
+        for path in written:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (staging / path).replace(folder / path)
+    for name, component in present.items():
+        if isinstance(component, torch.nn.Module):
+            weights_name = getattr(component, "weights_name", _TRANSFORMERS_WEIGHTS)
+            weights.remove_outdated(folder / name, weights_name, options["variant"], [folder / path for path in written])
 
 
-def write_index(path: Path, config: dict[str, Any]) -> None:
-    """Writes ``model_index.json``, atomically."""
-    text = json.dumps({k: plain(v) for k, v in sorted(config.items()) if k != "_name_or_path"}, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def _write_component(component: Any, staging: Path, target: Path, options: dict[str, Any]) -> None:
+    staging.mkdir()
+    try:
+        component.save_pretrained(staging, **(options if isinstance(component, torch.nn.Module) else {}))
+    except Exception as error:
+        if isinstance(component, ConfigMixin) and not isinstance(error, OSError):
+            raise  # an argument is wrong; other libraries have errors of their own for a full disk
+        message = f"could not write {target} ({error}); the old files are unchanged"
+        raise OSError(getattr(error, "errno", None) or errno.EIO, message) from error

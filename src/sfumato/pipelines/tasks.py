@@ -42,6 +42,8 @@ class Task:
             value = getattr(args, name)
             if not (isinstance(value, Real) and math.isfinite(value)):
                 raise ValueError(f"{name}={value!r} must be a finite number")
+        if not 0 <= args.guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale={args.guidance_rescale} must lie in 0..1: 0 turns it off")
         if args.output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={args.output_type!r} is unknown: expected 'pil', 'np', 'pt' or 'latent'")
         if args.callback_steps is None or args.callback_steps < 1:
