@@ -12,7 +12,7 @@ import torch
 import sfumato.schedulers as schedulers
 from sfumato.schedulers.base import LevelScheduler
 
-NAMES = [name for name in schedulers.__all__ if name.endswith("Scheduler")]
+NAMES = [name for name in schedulers.__all__ if name.endswith("Scheduler") and name != "Scheduler"]
 
 CONFIGS = {
     "VQDiffusionScheduler": {"num_vec_classes": 9},

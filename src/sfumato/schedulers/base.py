@@ -23,6 +23,7 @@ from torch import Tensor
 from ..config import ConfigMixin, read_json
 from ..errors import ConfigError
 from ..outputs import BaseOutput
+from ..random import Generators, randn
 from .keys import KEYS, document, signature
 from .noise import beta_table, integer_steps, one_of, rescale_zero_terminal_snr, shift_flow_sigmas, sigma_ramp
 from .prediction import denoised_coefficients, dynamic_threshold, mix
@@ -63,7 +64,7 @@ StepResult = SchedulerOutput | tuple[Tensor, ...]
 
 
 class SchedulerMixin(ConfigMixin):
-    """Base of all schedulers.
+    """Base of all schedulers. A subclass lays out its ``_stops`` and solves a step in ``update``.
 
     Attributes:
         timesteps: What the network is told at each step, ``(steps,)``, on the device given to ``set_timesteps``.
@@ -71,14 +72,6 @@ class SchedulerMixin(ConfigMixin):
         step_index, begin_index: Position of the next step, and of the first one if it was set; ``None`` before it.
         order: Network evaluations per step.
         init_noise_sigma: Standard deviation of the noise that sampling starts from.
-
-    Arguments of ``step``, which goes one step towards the clean sample:
-        model_output: ``(B, C, ...)``, or ``(B, 2C, ...)`` with a learned variance.
-        timestep: Of this step, an element of ``timesteps``; solvers on sigmas read it in a run's first step only.
-        sample: ``(B, C, ...)``.
-        generator: Source of the noise, where a solver adds any.
-        variance_noise: The noise itself, in place of ``generator``.
-        return_dict: Return a :class:`SchedulerOutput`, else the tuple of its fields.
     """
 
     config_name = "scheduler_config.json"
@@ -92,6 +85,9 @@ class SchedulerMixin(ConfigMixin):
     step_index: int | None = None
     begin_index: int | None = None
     _times: list[float]
+    _time_type: torch.dtype = torch.int64
+    update: Callable[..., Any]
+    """The solver: from the output, the position and the sample, the next sample, or an ``Update``."""
 
     if TYPE_CHECKING:
 
@@ -232,9 +228,29 @@ class SchedulerMixin(ConfigMixin):
             raise ValueError(f"timestep has the values {sorted(values)}, expected one for the whole batch: call step for each")
         return values.pop()
 
-    def _set_schedule(self, timesteps: np.ndarray, device: Device, dtype: torch.dtype) -> None:
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
+        """Lays out a run of so many steps, or of given times or levels: exactly one of these, unless a class says otherwise.
+
+        Args:
+            num_inference_steps: Number of steps; for solvers on training steps at most as many.
+            device: Where ``timesteps`` will lie.
+            timesteps: The run's times, descending.
+            sigmas: The run's noise levels, descending, with the level to end at unless they are a flow's.
+            mu: Logarithm of the shift of a flow's levels, with ``use_dynamic_shifting``.
+
+        Raises:
+            ValueError: None or several of them were given, or one does not fit the configuration.
+        """
+        self.num_inference_steps = self._check_count(num_inference_steps)
+        self._set_schedule(self._stops(self.num_inference_steps), device)
+
+    def _stops(self, count: int) -> np.ndarray:
+        """Returns the timesteps of a run of so many steps."""
+        raise NotImplementedError
+
+    def _set_schedule(self, timesteps: np.ndarray, device: Device = None) -> None:
         """Takes over the timesteps of a run and forgets the last run."""
-        self.timesteps = torch.tensor(np.ascontiguousarray(timesteps), dtype=dtype)
+        self.timesteps = torch.tensor(np.ascontiguousarray(timesteps), dtype=self._time_type)
         self._times, self.timesteps = self.timesteps.tolist(), self.timesteps.to(device)
         self._reset()
 
@@ -266,17 +282,44 @@ class SchedulerMixin(ConfigMixin):
         """Returns the sample as the network expects it at this timestep: unchanged, unless a scheduler says otherwise."""
         return sample
 
-    def _step(self, sample: Tensor, new: Update, return_dict: bool) -> StepResult:
-        """Moves on by one position and wraps the solver's ``(next sample, denoised sample or None)``."""
+    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:
+        """Goes one step towards the clean sample (of solvers that ask the network twice a step: one evaluation further).
+
+        Args:
+            model_output: ``(B, C, ...)``, or ``(B, 2C, ...)`` with a learned variance.
+            timestep: Of this step, an element of ``timesteps``; solvers on sigmas read it in a run's first step only.
+            sample: ``(B, C, ...)``.
+            generator: Source of the noise, where a solver adds any.
+            variance_noise: The noise itself, in place of ``generator``.
+            return_dict: Return a :class:`SchedulerOutput`, else the tuple of its fields.
+
+        Raises:
+            ValueError: ``set_timesteps`` was not called, the timestep is not in the schedule, or the run is at its end.
+        """
+        return self._advance(model_output, timestep, sample, return_dict)
+
+    def _advance(self, output: Tensor, timestep: Time, sample: Tensor, return_dict: bool, *more: Any) -> StepResult:
+        """Solves the step, with what more ``update`` takes; moves on by one position and wraps the result."""
+        new = self.update(output, self._position(timestep), wide(sample), *more)
+        there, x0 = (new, None) if isinstance(new, Tensor) else new
         if self.step_index is not None:
             self.step_index += 1
-        there = new[0].to(sample.dtype)
+        there = there.to(sample.dtype)
         if return_dict:
-            return type(self)._output(there, new[1])
-        return (there,) if new[1] is None else (there, new[1])
+            return type(self)._output(there, x0)
+        return (there,) if x0 is None else (there, x0)
 
 
 Scheduler = SchedulerMixin  # as users call it: ``Scheduler.from_name("dpmpp_2m_karras")``
+
+
+class StochasticScheduler(SchedulerMixin):
+    """Base of the schedulers that add noise in each step; ``update`` draws it from a generator."""
+
+    def step(  # type: ignore[override]
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> StepResult:
+        return self._advance(model_output, timestep, sample, return_dict, generator)
 
 
 class LevelScheduler(SchedulerMixin):
@@ -332,7 +375,7 @@ class LevelScheduler(SchedulerMixin):
 
 
 class StepScheduler(LevelScheduler):
-    """Base of the solvers that know a noise level by its training step."""
+    """Base of the solvers that know a noise level by its training step, which is the position that ``update`` is given."""
 
     predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction")
 
@@ -340,20 +383,13 @@ class StepScheduler(LevelScheduler):
         super()._build()
         self._alpha_bar = self._alpha_bar_table().tolist()
         self._final_alpha_bar = 1.0 if self._own("set_alpha_to_one", True) else self._alpha_bar[0]
-        self._set_schedule(np.arange(len(self))[::-1], None, torch.int64)
+        self._set_schedule(np.arange(len(self))[::-1])
 
-    def _stops(self, num_inference_steps: int | None) -> np.ndarray:
-        """Returns the descending training steps of a run, as integers, and notes their number."""
-        count = self._check_count(num_inference_steps)
+    def _stops(self, count: int) -> np.ndarray:
         if count > len(self):
             raise ValueError(f"num_inference_steps={count} is more than the {len(self)} steps this model was trained with")
-        self.num_inference_steps = count
         stops = integer_steps(self.config["timestep_spacing"], count, len(self), self.config["steps_offset"])
         return stops.round().astype(np.int64)
-
-    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
-        """Lays out a run of ``num_inference_steps``, at most as many as training steps, with ``timesteps`` on ``device``."""
-        self._set_schedule(self._stops(num_inference_steps), device, torch.int64)
 
     def _training_step(self, timestep: Time) -> int:
         """Returns the timestep as a valid integer."""
@@ -362,8 +398,19 @@ class StepScheduler(LevelScheduler):
             raise ValueError(f"timestep={value:g}, expected a whole number in 0..{len(self) - 1}; pass one of scheduler.timesteps")
         return int(value)
 
+    def _position(self, timestep: Time) -> int:  # type: ignore[override]
+        return self._training_step(timestep)
+
+    def _stride(self) -> int:
+        """Returns the training steps between two stops of an even run."""
+        return len(self) // self._count()
+
     def _alpha_bar_at(self, step: int) -> float:
         return self._alpha_bar[step] if step >= 0 else self._final_alpha_bar
+
+    def _signal_noise(self, step: int) -> tuple[float, float]:
+        """Returns the factors of signal and noise at a training step."""
+        return math.sqrt(self._alpha_bar_at(step)), math.sqrt(1 - self._alpha_bar_at(step))
 
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         alpha_bar = self.alphas_cumprod.to(timesteps.device)[timesteps]
@@ -388,7 +435,7 @@ class SigmaScheduler(LevelScheduler):
         self._table = ((1 - alpha_bar) / alpha_bar).sqrt().numpy()  # float32 (training steps,), ascending
         self._bounds = float(self._table[-1]), float(self._table[0])
         self._final_sigma = self._bounds[1] if self._own("final_sigmas_type", "zero") == "sigma_min" else 0.0
-        self._set_levels(np.append(self._table[::-1], 0.0), np.arange(len(self._table))[::-1], None, torch.float32)
+        self._set_levels(np.append(self._table[::-1], 0.0), np.arange(len(self._table))[::-1])
 
     def _read_ramp(self) -> str | None:
         """Returns the spacing of sigmas that the configuration asks for; a ConfigError if it asks for several."""
@@ -397,11 +444,11 @@ class SigmaScheduler(LevelScheduler):
             raise ConfigError(f"use_{ramps[0]}_sigmas and use_{ramps[1]}_sigmas exclude each other: set only one of them to True")
         return ramps[0] if ramps else None
 
-    def _set_levels(self, sigmas: np.ndarray, timesteps: np.ndarray, device: Device, dtype: torch.dtype) -> None:
+    def _set_levels(self, sigmas: np.ndarray, timesteps: np.ndarray, device: Device = None) -> None:
         """Takes over the levels of a run, the level it ends at included, and its timesteps."""
         self.sigmas = torch.from_numpy(np.ascontiguousarray(sigmas)).float()
         self._sigmas = self.sigmas.tolist()
-        self._set_schedule(timesteps, device, dtype)
+        self._set_schedule(timesteps, device)
 
     def _sigmas_at(self, stops: np.ndarray) -> np.ndarray:
         """Returns the table's sigmas at fractional training steps."""
@@ -462,3 +509,8 @@ def one_source(**sources: object) -> None:
 def wide(sample: Tensor) -> Tensor:
     """Returns the sample in at least float32, in which all solvers calculate."""
     return sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
+
+
+def noise_like(sample: Tensor, generator: Generators) -> Tensor:
+    """Draws standard normal noise in the shape, the precision and the place of ``sample``."""
+    return randn(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)

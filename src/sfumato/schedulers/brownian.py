@@ -40,7 +40,7 @@ class BrownianNoise:
         if len(seeds) not in (1, like.shape[0]):
             raise ValueError(f"{len(seeds)} generators or seeds for a batch of {like.shape[0]}: pass one per sample")
         size = tuple(like.shape) if len(seeds) == 1 else (1, *like.shape[1:])
-        options = {"dtype": like.dtype, "device": like.device, "tol": 1e-6, "pool_size": 24, "cache_size": 128, "halfway_tree": True}
+        options = dict(dtype=like.dtype, device=like.device, tol=1e-6, pool_size=24, cache_size=128, halfway_tree=True)
         self._paths = [BrownianInterval(low, high, size=size, entropy=s, **options) for s in seeds]
         self._ends, self._like = (low, high), like
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..outputs import BaseOutput
-from ..random import Generators, randn
-from .base import Device, SchedulerMixin, SigmaScheduler, StepResult, StepScheduler, Time, Update, one_source, wide
+from ..random import Generators
+from .base import Device, SigmaScheduler, StepResult, StepScheduler, StochasticScheduler, Time, Update, noise_like, one_source
 from .noise import beta_table, given_steps, one_of, sigma_ramp
 from .prediction import denoised_coefficients, mix, noise_coefficients
 
@@ -38,54 +38,44 @@ class TCDSchedulerOutput(BaseOutput):
     pred_noised_sample: Tensor | None = None
 
 
-class ConsistencyScheduler(SchedulerMixin):
+class ConsistencyScheduler(StochasticScheduler):
     """Base of multistep consistency sampling."""
 
     _tells_denoised = True  # whether the clean sample is part of a step's result
-
-    def step(
-        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
-    ) -> StepResult:
-        """Jumps to the clean sample and, unless it is the last step, back with noise; see :class:`SchedulerMixin`."""
-        self._count()
-        i = self._position(timestep)
-        x0, levels = self.update(model_output, i, wide(sample)), self._next_level(i)
-        new = x0
-        if levels is not None:
-            noise = randn(model_output.shape, generator=generator, device=x0.device, dtype=model_output.dtype)
-            new = mix(levels, x0, noise)
-        return self._step(sample, (new, x0 if self._tells_denoised else None), return_dict)
-
-    update: Callable[[Tensor, int, Tensor], Tensor]
+    _jump: Callable[[Tensor, int, Tensor], Tensor]
     """Returns the clean sample, from the output, the position and the sample: the consistency function."""
     _next_level: Callable[[int], tuple[float, float] | None]
     """Returns the factors of signal and noise at the level after a position; ``None`` draws no noise."""
+
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Update:
+        """Jumps to the clean sample and, unless it is the last step, back with noise (arXiv:2303.01469 algorithm 1)."""
+        self._count()
+        x0, levels = self._jump(output, i, x), self._next_level(i)
+        new = x0 if levels is None else mix(levels, x0, noise_like(output, generator))
+        return new, x0 if self._tells_denoised else None
 
 
 class DistilledScheduler(StepScheduler):
     """Base of samplers for models distilled on the training steps of another sampler."""
 
     _resets_origin = False  # whether set_timesteps(original_inference_steps=...) takes all training steps, whatever it says
-
+    _position = StochasticScheduler._position  # in the run: given steps need not be even
     config_keys = (
         "BETAS original_inference_steps clip_sample clip_sample_range set_alpha_to_one steps_offset"
         " prediction_type LIMITS timestep_spacing timestep_scaling rescale_betas_zero_snr"
     )
-    config_defaults = {
-        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-        "timestep_spacing": "leading",
-    }  # fmt: skip
+    config_defaults = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+                       "timestep_spacing": "leading"}  # fmt: skip
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, original_inference_steps: int | None = None,
         timesteps: list[int] | None = None, strength: float = 1.0,
     ) -> None:  # fmt: skip
-        """Lays out a run of so many steps, or of given, descending training steps; ``timesteps`` will lie on ``device``.
+        """Lays out a run; see :class:`SchedulerMixin`.
 
-        ``strength`` is the share of the schedule to run, from its clean end.
-
-        Raises:
-            ValueError: Not exactly one of the two was given, or the steps do not fit the training steps or the original sampler.
+        Args:
+            original_inference_steps: Overrides the configuration's.
+            strength: Share of the schedule to run, from its clean end.
         """
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
         total = len(self)
@@ -102,7 +92,7 @@ class DistilledScheduler(StepScheduler):
                 limit = f"original_inference_steps={original} (of {total} training steps) at strength={strength}"
                 raise ValueError(f"num_inference_steps={count} is more than {limit}: raise these, or lower num_inference_steps")
             stops = origin[np.linspace(0, len(origin), count, endpoint=False).astype(np.int64)]
-        self._set_schedule(stops, device, torch.int64)
+        self._set_schedule(stops, device)
 
 
 class LCMScheduler(ConsistencyScheduler, DistilledScheduler):
@@ -115,18 +105,14 @@ class LCMScheduler(ConsistencyScheduler, DistilledScheduler):
         scaled = timestep * self.config["timestep_scaling"]
         return 0.25 / (scaled**2 + 0.25), scaled / math.sqrt(scaled**2 + 0.25)
 
-    def update(self, output: Tensor, i: int, x: Tensor) -> Tensor:
+    def _jump(self, output: Tensor, i: int, x: Tensor) -> Tensor:
         """The consistency function on the denoised sample (arXiv:2310.04378 eq. 9)."""
         t = int(self._times[i])
-        x0 = self._denoise(output, x, math.sqrt(self._alpha_bar[t]), math.sqrt(1 - self._alpha_bar[t]))
         skip, out = self.get_scalings_for_boundary_condition_discrete(t)
-        return mix((out, skip), x0, x)
+        return mix((out, skip), self._denoise(output, x, *self._signal_noise(t)), x)
 
     def _next_level(self, i: int) -> tuple[float, float] | None:
-        if i + 1 == len(self._times):
-            return None
-        alpha_bar = self._alpha_bar[int(self._times[i + 1])]
-        return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        return None if i + 1 == len(self._times) else self._signal_noise(int(self._times[i + 1]))
 
 
 class TCDScheduler(DistilledScheduler):
@@ -138,7 +124,7 @@ class TCDScheduler(DistilledScheduler):
     _output = TCDSchedulerOutput
     _resets_origin = True
 
-    def step(
+    def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: Time, sample: Tensor, eta: float = 0.3, generator: Generators = None,
         return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
@@ -150,43 +136,36 @@ class TCDScheduler(DistilledScheduler):
         self._count()
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta}, expected 0 (no fresh noise) to 1 (all noise fresh)")
-        i, noise = self._position(timestep), None
-        if eta > 0 and i + 1 < len(self._times):
-            noise = randn(model_output.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
-        return self._step(sample, self.update(model_output, i, wide(sample), eta, noise), return_dict)
+        return self._advance(model_output, timestep, sample, return_dict, eta, generator)
 
-    def update(self, output: Tensor, i: int, x: Tensor, eta: float, noise: Tensor | None) -> Update:
+    def update(self, output: Tensor, i: int, x: Tensor, eta: float, generator: Generators) -> Update:
         """Strategic stochastic sampling (algorithm 4): down to a level beyond the next, and up from there with noise."""
-        following = int([*self._times, 0][i + 1])
-        here, there = self._alpha_bar[int(self._times[i])], self._alpha_bar[following]
+        t, following = int(self._times[i]), int([*self._times, 0][i + 1])
         beyond = self._alpha_bar[int((1 - eta) * following)]
-        levels, kept = (math.sqrt(here), math.sqrt(1 - here)), there / beyond
+        levels, kept = self._signal_noise(t), self._alpha_bar[following] / beyond
         parts = denoised_coefficients(self._kind, *levels), noise_coefficients(self._kind, *levels)
         own, of_output = (math.sqrt(beyond) * a + math.sqrt(1 - beyond) * b for a, b in zip(*parts, strict=True))
         noised = mix((own, of_output), x, output)
-        return noised if noise is None else mix((math.sqrt(kept), math.sqrt(1 - kept)), noised, noise), noised
+        if not eta or i + 1 == len(self._times):
+            return noised, noised
+        return mix((math.sqrt(kept), math.sqrt(1 - kept)), noised, noise_like(output, generator)), noised
 
 
 class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
     """Consistency models in variance-exploding form (arXiv:2303.01469)."""
 
-    _tells_denoised = False
-
+    _tells_denoised, _time_type = False, torch.float64
     config_keys = "num_train_timesteps sigma_min sigma_max sigma_data s_noise rho clip_denoised"
     config_defaults = {"num_train_timesteps": 40, "sigma_min": 0.002, "sigma_max": 80.0}
 
     def _build(self) -> None:
         self.init_noise_sigma = self.config["sigma_max"]
-        self._lay_out(np.arange(len(self)), None)
+        self._lay_out(np.arange(len(self)))
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[int] | None = None
     ) -> None:
-        """Lays out a run of so many steps, or of given, descending positions among the trained levels, 0 the noisiest.
-
-        Raises:
-            ValueError: Not exactly one of the two was given, or they do not fit ``num_train_timesteps``.
-        """
+        """Lays out a run; ``timesteps`` are positions among the trained levels, 0 the noisiest. See :class:`SchedulerMixin`."""
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
         total = len(self)
         if timesteps is None:
@@ -199,10 +178,10 @@ class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
         self.num_inference_steps = len(places)
         self._lay_out(places, device)
 
-    def _lay_out(self, places: np.ndarray, device: Device) -> None:
+    def _lay_out(self, places: np.ndarray, device: Device = None) -> None:
         c = self.config
         levels = sigma_ramp("karras", c["sigma_max"], c["sigma_min"], places / (len(self) - 1), rho=c["rho"])
-        self._set_levels(np.append(levels, c["sigma_min"]), self.sigma_to_t(levels), device, torch.float64)
+        self._set_levels(np.append(levels, c["sigma_min"]), self.sigma_to_t(levels), device)
 
     def sigma_to_t(self, sigmas: np.ndarray) -> np.ndarray:
         """Returns what the network is told of noise levels: ``250 * log(sigma)``."""
@@ -218,7 +197,7 @@ class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
         data, above = self.config["sigma_data"], sigma - self.config["sigma_min"]
         return data**2 / (above**2 + data**2), above * data / math.sqrt(sigma**2 + data**2)
 
-    def update(self, output: Tensor, i: int, x: Tensor) -> Tensor:
+    def _jump(self, output: Tensor, i: int, x: Tensor) -> Tensor:
         """The consistency function (eq. 5)."""
         skip, out = self.get_scalings_for_boundary_condition(self._sigmas[i])
         x0 = mix((skip, out), x, output)
@@ -234,7 +213,6 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler):
     """The two steps of DALL-E 3's consistency decoder, on the cosine table."""
 
     _tells_denoised = False
-
     config_keys = "num_train_timesteps sigma_data"
     config_defaults = {"num_train_timesteps": 1024}
 
@@ -248,8 +226,10 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler):
         """Lays out the run of two steps; another number is a ValueError."""
         if num_inference_steps != 2:
             raise ValueError(f"num_inference_steps={num_inference_steps}, expected 2: the decoder was trained for these")
-        self.num_inference_steps = 2
-        self._set_schedule(np.array([1008, 512]), device, torch.int64)
+        super().set_timesteps(2, device)
+
+    def _stops(self, count: int) -> np.ndarray:
+        return np.array([1008, 512])
 
     def _position(self, timestep: Time | None) -> int:
         return self.index_for_timestep(self._time(timestep))  # type: ignore[arg-type]
@@ -265,7 +245,7 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler):
         signal, _, deviation = self._deviation(timestep)
         return sample * (1 / (signal * deviation))
 
-    def update(self, output: Tensor, i: int, x: Tensor) -> Tensor:
+    def _jump(self, output: Tensor, i: int, x: Tensor) -> Tensor:
         """The consistency function (arXiv:2303.01469 eq. 5 and appendix C) of a sample in variance-preserving form."""
         signal, sigma, deviation = self._deviation(self._times[i])
         data = self.config["sigma_data"]
@@ -284,9 +264,9 @@ class SCMScheduler(ConsistencyScheduler):
 
     def _build(self) -> None:
         one_of("prediction_type", self.config["prediction_type"], "trigflow")
-        self._set_schedule(np.arange(len(self))[::-1], None, torch.int64)
+        self._set_schedule(np.arange(len(self))[::-1])
 
-    def set_timesteps(
+    def set_timesteps(  # type: ignore[override]
         self, num_inference_steps: int, timesteps: list[float] | Tensor | None = None, device: Device = None,
         max_timesteps: float | None = 1.57080, intermediate_timesteps: float | None = 1.3,
     ) -> None:  # fmt: skip
@@ -312,10 +292,11 @@ class SCMScheduler(ConsistencyScheduler):
             times = np.linspace(float(max_timesteps or 0), 0, count + 1)
             times[1] = times[1] if middle is None else middle
         self.num_inference_steps = count
-        self._set_schedule(times, device, torch.float32)
+        self._time_type = torch.float32
+        self._set_schedule(times, device)
         self._ends, self._times = self._times[1:], self._times[:-1]
 
-    def update(self, output: Tensor, i: int, x: Tensor) -> Tensor:
+    def _jump(self, output: Tensor, i: int, x: Tensor) -> Tensor:
         """The consistency function (eq. 5): the rest of the way along the circle."""
         return mix((math.cos(self._times[i]), -math.sin(self._times[i])), x, output)
 

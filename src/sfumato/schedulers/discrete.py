@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..random import Generators, randn
-from .base import Device, StepResult, StepScheduler, Time, Update, one_source, wide
+from ..random import Generators
+from .base import Device, LevelScheduler, StepResult, StepScheduler, StochasticScheduler, Time, Update, noise_like, one_source, wide
 from .noise import given_steps, one_of
 from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance
 
 
-class DDPMScheduler(StepScheduler):
+class DDPMScheduler(StochasticScheduler, StepScheduler):
     """Ancestral sampling from the posterior of the forward process (arXiv:2006.11239)."""
 
     config_keys = (
@@ -32,38 +32,30 @@ class DDPMScheduler(StepScheduler):
         fixed = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
         one_of("variance_type", self.config["variance_type"], *fixed, "learned", "learned_range", None)
         super()._build()
-        self._following = {t: t - 1 for t in range(len(self))}
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[int] | None = None
     ) -> None:
-        """Lays out a run of so many steps, or of given, descending training steps; ``timesteps`` will lie on ``device``.
-
-        Raises:
-            ValueError: Both or neither were given, or the steps do not fit the training steps.
-        """
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
-        stops = self._stops(num_inference_steps) if timesteps is None else given_steps(timesteps, len(self))
+        given = timesteps is not None
+        stops = given_steps(timesteps, len(self)) if given else self._stops(self._check_count(num_inference_steps))
         self.num_inference_steps = len(stops)
-        self._set_schedule(stops, device, torch.int64)
-        self._following = dict(pairwise([*stops.tolist(), -1]))
+        self._set_schedule(stops, device)
 
-    def step(
-        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
-    ) -> StepResult:
-        """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`."""
-        t = self._training_step(timestep)
-        if t not in self._following:
-            raise self._no_such(t)
-        return self._step(sample, self.update(model_output, t, self._following[t], wide(sample), generator), return_dict)
+    def _set_schedule(self, timesteps: np.ndarray, device: Device = None) -> None:
+        super()._set_schedule(timesteps, device)
+        self._following = dict(pairwise([*timesteps.tolist(), -1]))
 
-    def update(self, output: Tensor, t: int, following: int, x: Tensor, generator: Generators) -> Update:
+    def update(self, output: Tensor, t: int, x: Tensor, generator: Generators, following: int | None = None) -> Update:
         """Posterior mean (eq. 7) plus noise; the step to zero draws none."""
+        if following is None and t not in self._following:
+            raise self._no_such(t)
+        following = self._following[t] if following is None else following
         alpha_bar, previous, beta = self._alpha_bar[t], self._alpha_bar_at(following), self._beta(t, following)
         output, predicted = split_variance(output, x.shape[1], self.config["variance_type"])
         new, x0 = self._mean(output, alpha_bar, previous, beta, x)
         if t > 0:
-            noise = randn(output.shape, generator=generator, device=x.device, dtype=output.dtype)
+            noise = noise_like(output, generator)
             deviation = self._deviation(max((1 - previous) / (1 - alpha_bar) * beta, 1e-20), beta, predicted)
             new = torch.add(new, noise, alpha=deviation) if isinstance(deviation, float) else new + deviation * noise
         return new, x0
@@ -100,7 +92,7 @@ class DDIMScheduler(StepScheduler):
     )
     config_defaults = {"timestep_spacing": "leading"}
 
-    def step(
+    def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: Time, sample: Tensor, eta: float = 0.0, use_clipped_model_output: bool = False,
         generator: Generators = None, variance_noise: Tensor | None = None, return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
@@ -114,16 +106,16 @@ class DDIMScheduler(StepScheduler):
         Raises:
             ValueError: ``set_timesteps`` was not called, ``eta`` is out of range, or noise and generator were both given.
         """
-        t, noise = self._training_step(timestep), variance_noise if eta else None
+        noise = variance_noise if eta else None
         if noise is not None and generator is not None:
             raise ValueError("generator and variance_noise exclude each other: pass one of them")
         if eta and noise is None:
-            noise = randn(model_output.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
-        return self._step(sample, self.update(model_output, t, wide(sample), eta, use_clipped_model_output, noise), return_dict)
+            noise = noise_like(model_output, generator)
+        return self._advance(model_output, timestep, sample, return_dict, eta, use_clipped_model_output, noise)
 
     def _move(self, t: int) -> tuple[float, float]:
         """Returns ``alpha_bar`` before and after the step."""
-        return self._alpha_bar[t], self._alpha_bar_at(t - len(self) // self._count())
+        return self._alpha_bar[t], self._alpha_bar_at(t - self._stride())
 
     def update(self, output: Tensor, t: int, x: Tensor, eta: float, reclip: bool, noise: Tensor | None) -> Update:
         """Eq. 12 with the deviation of eq. 16."""
@@ -140,20 +132,16 @@ class DDIMScheduler(StepScheduler):
 
 
 class PNDMScheduler(StepScheduler):
-    """Pseudo linear multistep sampling, with pseudo Runge-Kutta steps to begin with (arXiv:2202.09778).
+    """Pseudo linear multistep sampling (arXiv:2202.09778).
 
-    The Runge-Kutta warm-up spends 12 evaluations on the first three steps; without it (as latent models use it) the first step
-    is evaluated twice and the order grows from there.
+    A pseudo Runge-Kutta warm-up spends 12 evaluations on the first three steps; without it (as latent models use it) the first
+    step is evaluated twice and the order grows from there.
     """
 
-    predictions = ("epsilon", "v_prediction")
-
+    predictions = LevelScheduler.predictions
     config_keys = "BETAS skip_prk_steps set_alpha_to_one prediction_type SPACING"
     config_defaults = {"set_alpha_to_one": False, "timestep_spacing": "leading"}
-
-    def _build(self) -> None:
-        self._warm_up = 0
-        super()._build()
+    _warm_up = 0  # evaluations
 
     def _reset(self) -> None:
         super()._reset()
@@ -162,33 +150,25 @@ class PNDMScheduler(StepScheduler):
         self._stages: list[Tensor] = []  # of a Runge-Kutta step
         self._base: Tensor | None = None  # where the evaluations of one step set out from
 
-    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
-        """Lays out a run; ``timesteps`` on ``device`` holds one entry per network evaluation.
-
-        Raises:
-            ValueError: Fewer than 4 steps with the Runge-Kutta warm-up, or more steps than the model was trained with.
-        """
-        stops = self._stops(num_inference_steps)
-        warm_up, rest = np.empty(0, dtype=np.int64), np.concatenate([stops[:2], stops[1:]])
-        if not self.config["skip_prk_steps"]:
-            if len(stops) < 4:
-                raise ValueError(f"num_inference_steps={len(stops)}, the Runge-Kutta warm-up needs 4: set skip_prk_steps=True")
-            half = self._stride() // 2
-            # From each of the first three steps, two evaluations half-way and one at the next step.
-            warm_up = np.array([t for a, b in pairwise(stops[:4]) for t in (a, b + half, b + half, b)])
-            rest = stops[3:]
-        self._set_schedule(np.concatenate([warm_up, rest]), device, torch.int64)
+    def _stops(self, count: int) -> np.ndarray:
+        """Returns one entry per evaluation."""
+        stops = super()._stops(count)
+        if self.config["skip_prk_steps"]:
+            return np.concatenate([stops[:2], stops[1:]])
+        if count < 4:
+            raise ValueError(f"num_inference_steps={count}, the Runge-Kutta warm-up needs 4: set skip_prk_steps=True")
+        half = self._stride() // 2
+        # From each of the first three steps, two evaluations half-way and one at the next step.
+        warm_up = [t for a, b in pairwise(stops[:4]) for t in (a, b + half, b + half, b)]
         self._warm_up = len(warm_up)
+        return np.array([*warm_up, *stops[3:]])
 
-    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:
-        """Goes one evaluation further; see :class:`SchedulerMixin`. Raises a ValueError before ``set_timesteps``."""
-        solve = self._runge_kutta if self._calls < self._warm_up else self.update
-        new = solve(model_output, self._training_step(timestep), wide(sample), self._stride())
+    def update(self, output: Tensor, t: int, x: Tensor) -> Tensor:
+        """One evaluation; without warm-up the second one repeats the first step (Heun)."""
+        solve = self._runge_kutta if self._calls < self._warm_up else self._adams_bashforth
+        new = solve(output, t, x, self._stride())
         self._calls += 1
-        return self._step(sample, (new, None), return_dict)
-
-    def _stride(self) -> int:
-        return len(self) // self._count()
+        return new
 
     def _runge_kutta(self, output: Tensor, t: int, x: Tensor, stride: int) -> Tensor:
         """One of the four evaluations of eq. 13."""
@@ -202,8 +182,8 @@ class PNDMScheduler(StepScheduler):
         weights, outputs = ([1.0], [output]) if stage < 3 else ([1 / 6, 1 / 3, 1 / 3, 1 / 6], self._stages)
         return self._transfer(weights, outputs, base, start, reach)
 
-    def update(self, output: Tensor, t: int, x: Tensor, stride: int) -> Tensor:
-        """Adams-Bashforth on the predicted noise (eq. 12); without warm-up the second call repeats the first step (Heun)."""
+    def _adams_bashforth(self, output: Tensor, t: int, x: Tensor, stride: int) -> Tensor:
+        """The polynomial through the last predictions of the noise, integrated (eq. 12)."""
         if self._calls == 1 and self._base is not None:
             x, self._base = self._base, None
             return self._transfer([0.5, 0.5], [output, self._history[0]], x, t + stride, t)

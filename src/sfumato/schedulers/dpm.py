@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..random import Generators, randn
-from .base import Device, SigmaScheduler, StepResult, Time, one_source, wide
+from ..random import Generators
+from .base import Device, SigmaScheduler, StepResult, StochasticScheduler, Time, noise_like, one_source
 from .noise import integer_steps, one_of, sigma_ramp, sigmas_to_steps
 from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance
 
@@ -31,6 +31,7 @@ class LogSnrScheduler(SigmaScheduler):
 
     predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction", "flow_prediction")
     _on_denoised = True  # extrapolate the denoised sample, else the noise
+    _tau2 = 0.0  # square of the noise's strength
 
     def _build(self) -> None:
         c = self.config
@@ -44,6 +45,7 @@ class LogSnrScheduler(SigmaScheduler):
             raise ConfigError("prediction_type='flow_prediction' needs the levels of a flow: set use_flow_sigmas=True")
         self._shift = c["shift"] if from_flow else self._own("flow_shift", 1.0)
         self._ramp = self._ramp or ("lu" if self._own("use_lu_lambdas", False) else None)
+        self._euler_at_final = self._own("euler_at_final", False)
 
     def _adopt(self, key: str, related: tuple[str, ...], *own: str) -> str:
         """Returns a valid value of ``key``; the first of ``own`` stands for those that related solvers call otherwise."""
@@ -67,10 +69,12 @@ class LogSnrScheduler(SigmaScheduler):
         alpha, sigma = self._signal_noise(self._sigmas[i])
         return math.log(alpha) - math.log(sigma) if sigma > 0 else math.inf
 
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:
+        self._lay_out(device, num_inference_steps)
+
     def _lay_out(
         self, device: Device, count: int | None, timesteps: Any = None, sigmas: Any = None, mu: float | None = None
     ) -> None:
-        """Lays out a run of so many steps, of given training steps, or of a flow's given sigmas."""
         if mu is not None and not self.config.get("use_dynamic_shifting"):
             raise ValueError(f"mu={mu} needs a scheduler with use_dynamic_shifting=True")
         if timesteps is not None and (self._ramp or self._flow):
@@ -79,8 +83,8 @@ class LogSnrScheduler(SigmaScheduler):
             raise ValueError("sigmas can be set for flow models only: set use_flow_sigmas=True, or pass num_inference_steps")
         stops = self._stops(count, timesteps) if sigmas is None else np.asarray(sigmas, dtype=np.float64)
         levels, stops = self._levels_at(stops, sigmas is not None, mu)
-        self.num_inference_steps = len(stops)
-        self._set_levels(np.append(levels, self._end(levels)), stops, device, torch.int64)
+        self.num_inference_steps, self._time_type = len(stops), torch.int64
+        self._set_levels(np.append(levels, self._end(levels)), stops, device)
 
     def _stops(self, count: int | None, timesteps: Any = None) -> np.ndarray:
         """Returns the whole training steps of a run, descending."""
@@ -128,6 +132,19 @@ class LogSnrScheduler(SigmaScheduler):
         x0 = self._denoise(output, x, alpha, sigma)
         return x0 if self._on_denoised else mix(noise_coefficients("sample", alpha, sigma), x, x0)
 
+    def update(self, output: Tensor, i: int, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Integrates the polynomial through the last outputs (Adams-Bashforth)."""
+        order = self._order_at(i, self._count() - i)
+        self._history = [self._convert(output, i, x), *self._history[:2]]
+        return self._transfer(x, i, i + 1, range(i, i - order, -1), self._history[:order], noise, self._tau2)
+
+    def _order_at(self, i: int, left: int) -> int:
+        """Returns the order of a step: as many outputs as there are, fewer at the end of short runs."""
+        lowered = self.config["lower_order_final"] and i + left < 15
+        if left == 1 and (self._euler_at_final or lowered or not self._sigmas[-1]):
+            return 1
+        return min(len(self._history) + 1, self.config["solver_order"], left if lowered and left == 2 else 3)
+
     def _moments(self, gain: float, z: float, count: int, tau2: float) -> list[float]:
         """Returns ``gain * z`` times the integrals over 0..1 of ``exp(z * (1 - r)) * r**k`` for ``k`` below ``count``.
 
@@ -137,7 +154,13 @@ class LogSnrScheduler(SigmaScheduler):
         moments = [gain * math.expm1(z)]
         for k in range(1, count):
             moments.append(k * moments[-1] / z - gain)
+        if count == 2 and (form := self._form()) in ("midpoint", "bh2", "bh1"):
+            moments[1] = (gain * z if form == "bh1" else moments[0]) / 2
         return moments
+
+    def _form(self) -> str:
+        """Returns the form of the second order."""
+        return self.config["solver_type"]
 
     def _transfer(
         self, x: Tensor, start: int, to: int, places: Sequence[int], outputs: Sequence[Tensor], noise: Tensor | None = None,
@@ -164,16 +187,10 @@ class LogSnrScheduler(SigmaScheduler):
         return new if noise is None else new.add_(noise, alpha=sigma_t * math.sqrt(fresh))
 
 
-class DPMSolverMultistepScheduler(LogSnrScheduler):
-    """Multistep DPM-Solver and DPM-Solver++, as ODE or SDE, of order 1 to 3."""
+class DPMSolverScheduler(StochasticScheduler, LogSnrScheduler):
+    """Base of DPM-Solver and DPM-Solver++, as ODE or SDE, of order 1 to 3; only the ``sde-`` solvers add noise."""
 
     _algorithms: tuple[str, ...] = ("dpmsolver++", "dpmsolver", "sde-dpmsolver", "sde-dpmsolver++")
-
-    config_keys = (
-        "BETAS solver_order prediction_type LIMITS algorithm_type solver_type lower_order_final euler_at_final RAMPS"
-        " use_lu_lambdas FLOW final_sigmas_type lambda_min_clipped variance_type SPACING rescale_betas_zero_snr"
-        " use_dynamic_shifting time_shift_type"
-    )
 
     def _build(self) -> None:
         self._read_solver()
@@ -189,57 +206,44 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
             orders = "choose 1 or 2 (or 3, if not sde-dpmsolver)"
             raise ConfigError(f"algorithm_type={algorithm!r} has no solver_order={c['solver_order']}: {orders}")
 
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, mu: float | None = None,
-        timesteps: list[int] | None = None, *, sigmas: list[float] | None = None,
-    ) -> None:  # fmt: skip
-        """Lays out a run of so many steps, of given, whole training steps, or of a flow's given levels.
-
-        ``timesteps`` will lie on ``device``; ``mu`` is the logarithm of the flow shift, with ``use_dynamic_shifting``.
-
-        Raises:
-            ValueError: Not exactly one of the three was given, or an argument does not fit the configuration.
-        """
-        one_source(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-        self._lay_out(device, num_inference_steps, timesteps, sigmas, mu)
-
-    def step(
-        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None,
-        variance_noise: Tensor | None = None, return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
-        """Goes one step towards the clean sample; only the ``sde-`` solvers add noise. See :class:`SchedulerMixin`.
-
-        Raises:
-            ValueError: ``set_timesteps`` was not called, or the timestep is not in the schedule.
-        """
-        count, i = self._count(), self._position(timestep)
-        x, noise = wide(sample), variance_noise if self._tau2 else None
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators, noise: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """See :class:`LogSnrScheduler`; the noise is given or drawn in float32."""
         if self._tau2 and noise is None:
-            noise = randn(sample.shape, generator=generator, device=x.device, dtype=torch.float32)
-        return self._step(sample, (self.update(model_output, i, x, count, noise), None), return_dict)
+            noise = noise_like(x.float(), generator)
+        return self._solve(output, i, x, noise if self._tau2 else None)
 
-    def update(self, output: Tensor, i: int, x: Tensor, count: int, noise: Tensor | None) -> Tensor:
-        """Integrates the polynomial through the last outputs."""
-        self._history = [self._convert(output, i, x), *self._history[:2]]
-        order = self._order_at(i, count)
-        return self._transfer(x, i, i + 1, range(i, i - order, -1), self._history[:order], noise, self._tau2)
-
-    def _order_at(self, i: int, count: int) -> int:
-        """Returns the order of a step: as many outputs as there are, fewer at the end of short runs."""
-        c, left = self.config, count - i
-        lowered = c["lower_order_final"] and count < 15
-        if left == 1 and (self._own("euler_at_final", False) or lowered or not self._sigmas[-1]):
-            return 1
-        return min(len(self._history), c["solver_order"], left if lowered and left == 2 else 3)
+    def _solve(self, output: Tensor, i: int, x: Tensor, noise: Tensor | None) -> Tensor:
+        return super().update(output, i, x, noise)
 
     def _moments(self, gain: float, z: float, count: int, tau2: float) -> list[float]:
         moments = super()._moments(gain, z, count, tau2)
-        if count == 2 and self.config["solver_type"] == "midpoint":
-            moments[1] = moments[0] / 2
         if count == 3:
             # The published solver's quadratic term is half of the exact one, and as an SDE has another sign inside.
             moments[2] = moments[2] / 2 + (gain if tau2 else 0.0)
         return moments
+
+
+class DPMSolverMultistepScheduler(DPMSolverScheduler):
+    """Multistep DPM-Solver and DPM-Solver++, as ODE or SDE, of order 1 to 3."""
+
+    config_keys = (
+        "BETAS solver_order prediction_type LIMITS algorithm_type solver_type lower_order_final euler_at_final RAMPS"
+        " use_lu_lambdas FLOW final_sigmas_type lambda_min_clipped variance_type SPACING rescale_betas_zero_snr"
+        " use_dynamic_shifting time_shift_type"
+    )
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Device = None, mu: float | None = None,
+        timesteps: list[int] | None = None, *, sigmas: list[float] | None = None,
+    ) -> None:  # fmt: skip
+        one_source(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+        self._lay_out(device, num_inference_steps, timesteps, sigmas, mu)
+
+    def step(  # type: ignore[override]
+        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None,
+        variance_noise: Tensor | None = None, return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        return self._advance(model_output, timestep, sample, return_dict, generator, variance_noise)
 
 
 class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
@@ -252,9 +256,7 @@ class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
         " FLOW lambda_min_clipped variance_type SPACING"
     )
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:  # type: ignore[override]
-        """Lays out a run of so many steps, with ``timesteps``, ascending, on ``device``."""
-        self._lay_out(device, num_inference_steps)
+    set_timesteps = LogSnrScheduler.set_timesteps  # type: ignore[assignment]
 
     def _stops(self, count: int | None, timesteps: Any = None) -> np.ndarray:
         c, top = self.config, self._top()
@@ -273,7 +275,7 @@ class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
         return float(levels[-1]) if self._flow and not self._ramp else self._noisiest
 
 
-class DPMSolverSinglestepScheduler(DPMSolverMultistepScheduler):
+class DPMSolverSinglestepScheduler(DPMSolverScheduler):
     """Singlestep DPM-Solver and DPM-Solver++: each step sets out anew and spends as many evaluations as its order.
 
     The schedule is a sequence of such evaluations, so a run of so many steps costs so many evaluations.
@@ -290,6 +292,8 @@ class DPMSolverSinglestepScheduler(DPMSolverMultistepScheduler):
     def _build(self) -> None:
         one_of("solver_order", self.config["solver_order"], 1, 2, 3)
         super()._build()
+
+    set_timesteps = DPMSolverMultistepScheduler.set_timesteps
 
     def _reset(self) -> None:
         super()._reset()
@@ -308,13 +312,7 @@ class DPMSolverSinglestepScheduler(DPMSolverMultistepScheduler):
             orders[-1] = 1
         return orders
 
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
-    ) -> StepResult:
-        """Goes one evaluation further; see :meth:`DPMSolverMultistepScheduler.step`."""
-        return super().step(model_output, timestep, sample, generator, None, return_dict)
-
-    def update(self, output: Tensor, i: int, x: Tensor, count: int, noise: Tensor | None) -> Tensor:
+    def _solve(self, output: Tensor, i: int, x: Tensor, noise: Tensor | None) -> Tensor:
         """Integrates from where the step began the polynomial through its outputs (arXiv:2206.00927 algorithms 1 and 2)."""
         order = min(self.order_list[i], len(self._history) + 1)
         self._history = [self._convert(output, i, x), *self._history[: order - 1]]
@@ -325,9 +323,11 @@ class DPMSolverSinglestepScheduler(DPMSolverMultistepScheduler):
             places, outputs = places[::2], outputs[::2]
         return self._transfer(self._base, i - order + 1, i + 1, places, outputs, noise, self._tau2)
 
+    def _form(self) -> str:
+        return self.config["solver_type"] if len(self._history) == 2 else "exact"
+
     def _moments(self, gain: float, z: float, count: int, tau2: float) -> list[float]:
-        halved = len(self._history) == 2 and self.config["solver_type"] == "midpoint"
         moments = LogSnrScheduler._moments(self, gain, z, count, tau2)
         if count == 3 and tau2:
             moments[2] += 2 * gain  # as in the published SDE
-        return [moments[0], moments[0] / 2] if halved else moments
+        return moments

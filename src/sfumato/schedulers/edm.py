@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..random import Generators
-from .base import Device, LevelScheduler, SigmaScheduler, StepResult, Time, one_source, wide
+from .base import Device, LevelScheduler, SigmaScheduler, StepResult, Time, Update, one_source
 from .brownian import BrownianNoise
-from .dpm import DPMSolverMultistepScheduler
-from .euler import EulerDiscreteScheduler
+from .dpm import DPMSolverScheduler
+from .euler import Churn, EulerDiscreteScheduler
 from .noise import one_of, sigma_ramp
 
 
@@ -23,18 +23,20 @@ class EDMScheduler(SigmaScheduler):
     """What EDM's schedulers share."""
 
     predictions: tuple[str, ...] = ("epsilon", "v_prediction")
-    _precision = torch.float64  # in which the levels are laid
+    _precision, _time_type = torch.float64, torch.float32  # of the levels as they are laid, and of what the network is told
 
     def _build(self) -> None:
         LevelScheduler._build(self)
-        self._lay_levels(len(self), None)
+        self._lay_levels(None, len(self))
+        self.num_inference_steps = None
 
-    def _lay_levels(self, places: int | np.ndarray, device: Device) -> None:
+    def _lay_levels(self, device: Device, count: int | None, places: np.ndarray | None = None) -> None:
         """Lays out a run of so many steps, or of levels at these places between both ends."""
-        c = self.config
-        sigmas = sigma_ramp(c["sigma_schedule"], c["sigma_max"], c["sigma_min"], places, c["rho"], self._precision)
+        c, wanted = self.config, self._check_count(count) if places is None else places
+        sigmas = sigma_ramp(c["sigma_schedule"], c["sigma_max"], c["sigma_min"], wanted, c["rho"], self._precision)
+        self.num_inference_steps = len(sigmas)
         end = sigmas[-1] if c["final_sigmas_type"] == "sigma_min" else 0.0
-        self._set_levels(np.append(sigmas, end), self._times_of(sigmas), device, torch.float32)
+        self._set_levels(np.append(sigmas, end), self._times_of(sigmas), device)
 
     def _times_of(self, levels: np.ndarray) -> np.ndarray:
         return np.log(levels) / 4
@@ -67,33 +69,34 @@ class EDMEulerScheduler(EDMScheduler, EulerDiscreteScheduler):
     def set_timesteps(  # type: ignore[override]
         self, num_inference_steps: int | None = None, device: Device = None, sigmas: Tensor | list[float] | None = None
     ) -> None:
-        """Lays out a run of so many steps, with ``timesteps`` on ``device``.
-
-        ``sigmas`` are no levels here but their places in the spacing, from 0 (``sigma_max``) to 1 (``sigma_min``).
-        """
+        """Lays out a run; ``sigmas`` are places in the spacing, from 0 (``sigma_max``) to 1 (``sigma_min``)."""
         if sigmas is None or num_inference_steps is None:
             one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
         places = np.linspace(0, 1, self._check_count(num_inference_steps)) if sigmas is None else np.asarray(sigmas, np.float64)
         if places.min() < 0 or places.max() > 1:
             raise ValueError(f"sigmas={places.tolist()}: expected places between 0 (sigma_max) and 1 (sigma_min)")
-        self.num_inference_steps = len(places)
-        self._lay_levels(places, device)
+        self._lay_levels(device, None, places)
 
-    def step(
+    def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: Time, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
         s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
         pred_original_sample: Tensor | None = None,
     ) -> StepResult:  # fmt: skip
         """Goes one step; see :meth:`EulerDiscreteScheduler.step`. ``pred_original_sample`` replaces the network's prediction."""
-        if pred_original_sample is None:
-            return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict)
-        i = self._position(timestep)
-        x, churned = self._churn(wide(sample), i, (s_churn, s_tmin, s_tmax, s_noise), sample.dtype, generator)
-        new = torch.lerp(pred_original_sample.to(x.dtype), x, self._sigmas[i + 1] / churned)
-        return self._step(sample, (new, pred_original_sample), return_dict)
+        churn = s_churn, s_tmin, s_tmax, s_noise
+        return self._advance(model_output, timestep, sample, return_dict, churn, generator, pred_original_sample)
+
+    def update(  # type: ignore[override]
+        self, output: Tensor, i: int, x: Tensor, churn: Churn, generator: Generators, x0: Tensor | None
+    ) -> Update:
+        """See :class:`EulerDiscreteScheduler`."""
+        if x0 is None:
+            return super().update(output, i, x, churn, generator)
+        x, here = self._churn(x, i, churn, x0.dtype, generator)
+        return torch.lerp(x0.to(x.dtype), x, self._sigmas[i + 1] / here), x0
 
 
-class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverMultistepScheduler):
+class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverScheduler):
     """Multistep DPM-Solver++ with EDM's preconditioning, as ODE or SDE; see :class:`DPMSolverMultistepScheduler`."""
 
     _precision = torch.float32
@@ -107,37 +110,25 @@ class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverMultistepScheduler):
     def _build(self) -> None:
         self._read_solver()
         super()._build()
+        self._euler_at_final = self.config["euler_at_final"]
 
     def _read_solver(self) -> None:
         super()._read_solver()
         one_of("solver_order", self.config["solver_order"], *((1, 2) if self._tau2 else (1, 2, 3)))
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:  # type: ignore[override]
-        """Lays out a run of so many steps, with ``timesteps`` on ``device``."""
-        self.num_inference_steps = self._check_count(num_inference_steps)
-        self._lay_levels(self.num_inference_steps, device)
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:
+        self._lay_levels(device, num_inference_steps)
 
     def _signal_noise(self, sigma: float) -> tuple[float, float]:
         return 1.0, sigma
-
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
-    ) -> StepResult:
-        """Goes one step towards the clean sample; see :meth:`DPMSolverMultistepScheduler.step`."""
-        return DPMSolverMultistepScheduler.step(self, model_output, timestep, sample, generator, None, return_dict)
 
 
 class CosineDPMSolverMultistepScheduler(EDMDPMSolverMultistepScheduler):
     """Multistep SDE DPM-Solver++ with Brownian noise, for networks told the angle ``2 / pi * atan(sigma)`` (Stable Audio)."""
 
     config_keys = "EDM solver_order prediction_type rho solver_type lower_order_final euler_at_final final_sigmas_type"
-    config_defaults = {
-        "sigma_min": 0.3,
-        "sigma_max": 500,
-        "sigma_data": 1.0,
-        "sigma_schedule": "exponential",
-        "prediction_type": "v_prediction",
-    }
+    config_defaults = {"sigma_min": 0.3, "sigma_max": 500, "sigma_data": 1.0, "sigma_schedule": "exponential",
+                       "prediction_type": "v_prediction"}  # fmt: skip
 
     def _read_solver(self) -> None:
         one_of("solver_order", self.config["solver_order"], 1, 2)
@@ -151,14 +142,10 @@ class CosineDPMSolverMultistepScheduler(EDMDPMSolverMultistepScheduler):
     def _times_of(self, levels: np.ndarray) -> np.ndarray:
         return np.arctan(levels) / math.pi * 2
 
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
-    ) -> StepResult:
-        """Goes one step; the seeds of ``generator`` fix the Brownian motion of the run, and nothing is drawn from it."""
-        count, i, x = self._count(), self._position(timestep), wide(sample)
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators, noise: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """See :class:`LogSnrScheduler`; the seeds of ``generator`` fix the run's Brownian motion, nothing is drawn from it."""
         if self._noise is None:
             given = generator if isinstance(generator, (list, tuple)) else [generator]
             seeds = [g.initial_seed() for g in given if g is not None] or None
-            self._noise = BrownianNoise(sample, self.config["sigma_min"], self.config["sigma_max"], seed=seeds)
-        noise = self._noise(*self._sigmas[i : i + 2])
-        return self._step(sample, (self.update(model_output, i, x, count, noise), None), return_dict)
+            self._noise = BrownianNoise(x.to(output.dtype), self.config["sigma_min"], self.config["sigma_max"], seed=seeds)
+        return super().update(output, i, x, None, self._noise(*self._sigmas[i : i + 2]))

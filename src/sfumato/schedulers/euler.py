@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from ..random import Generators, randn
-from .base import Device, SigmaScheduler, StepResult, Time, Update, one_source, wide
+from .base import Device, SigmaScheduler, StepResult, StochasticScheduler, Time, Update, noise_like, one_source
 from .noise import integer_steps, shift_flow_sigmas, sigma_ramp, sigmas_to_steps
+
+Churn = tuple[float, float, float, float]
+"""Noise added per run, between which levels, and its factor."""
 
 
 class ExplodingScheduler(SigmaScheduler):
@@ -43,7 +46,7 @@ class ExplodingScheduler(SigmaScheduler):
         c = self.config
         self._flow, self._shift = True, c.get("shift") or c.get("flow_shift") or 1.0
         levels = shift_flow_sigmas(np.arange(len(self), 0, -1) / len(self), 1.0 if c.get("use_dynamic_shifting") else self._shift)
-        self._set_levels(np.append(levels, 0.0), levels * len(self), None, torch.float32)
+        self._set_levels(np.append(levels, 0.0), levels * len(self))
 
     @property
     def init_noise_sigma(self) -> float:  # type: ignore[override]
@@ -79,10 +82,6 @@ class ExplodingScheduler(SigmaScheduler):
         self, num_inference_steps: int | None = None, device: Device = None, *, sigmas: list[float] | None = None,
         mu: float | None = None,
     ) -> None:  # fmt: skip
-        """Lays out a run of so many steps, or of given sigmas with the level to end at (which a flow's do not have).
-
-        ``timesteps`` will lie on ``device``; ``mu`` is the logarithm of a flow's shift, with ``use_dynamic_shifting``.
-        """
         one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
         self._lay_out(device, num_inference_steps, None, sigmas, mu)
 
@@ -90,7 +89,6 @@ class ExplodingScheduler(SigmaScheduler):
         self, device: Device, count: int | None = None, timesteps: Any = None, sigmas: Any = None, mu: float | None = None,
         train_steps: int | None = None,
     ) -> None:  # fmt: skip
-        """Lays out a run of so many steps, of given times, or of given sigmas (with the level to end at, unless it is a flow's)."""
         if mu is not None and not self.config.get("use_dynamic_shifting"):
             raise ValueError(f"mu={mu} needs a scheduler with use_dynamic_shifting=True")
         if self._flow:
@@ -99,11 +97,10 @@ class ExplodingScheduler(SigmaScheduler):
             levels = np.array(sigmas, dtype=np.float64)
             times = self._times_of(levels[:-1])
         else:
-            levels, times = self._levels_at(
-                self._stops(count, train_steps) if timesteps is None else np.array(timesteps, np.float64)
-            )
+            stops = self._stops(count, train_steps) if timesteps is None else np.array(timesteps, np.float64)
+            levels, times = self._levels_at(stops)
         self.num_inference_steps = len(times)
-        self._set_levels(levels, times, device, self._time_type)
+        self._set_levels(levels, times, device)
 
     def _stops(self, count: int | None, train_steps: int | None = None) -> np.ndarray:
         """Returns the descending training steps of a run, with fractions."""
@@ -123,9 +120,7 @@ class ExplodingScheduler(SigmaScheduler):
         """Returns the timesteps of given noise levels."""
         return levels * len(self) if self._flow else sigmas_to_steps(levels, self._table)
 
-    def _churn(
-        self, x: Tensor, i: int, churn: tuple[float, float, float, float], dtype: torch.dtype, generator: Generators
-    ) -> tuple[Tensor, float]:
+    def _churn(self, x: Tensor, i: int, churn: Churn, dtype: torch.dtype, generator: Generators) -> tuple[Tensor, float]:
         """Adds noise before a step (arXiv:2206.00364 algorithm 2) and returns the sample with its raised level."""
         sigma, (amount, low, high, factor) = self._sigmas[i], churn
         if amount <= 0 or not low <= sigma <= high:
@@ -157,17 +152,12 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         self._continuous = self.config["timestep_type"] == "continuous" and self.config["prediction_type"] == "v_prediction"
         super()._build()
         if self._continuous:
-            self._set_levels(np.append(self._table[::-1], 0.0), np.log(self._table[::-1]) / 4, None, torch.float32)
+            self._set_levels(np.append(self._table[::-1], 0.0), np.log(self._table[::-1]) / 4)
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[float] | None = None,
         sigmas: list[float] | None = None, *, mu: float | None = None,
     ) -> None:  # fmt: skip
-        """Lays out a run of so many steps, of given training steps (fractions allowed), or of sigmas with the level to end at.
-
-        Raises:
-            ValueError: Not exactly one of the three was given, or ``timesteps`` with a spacing of sigmas.
-        """
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         if timesteps is not None and (self._ramp or self._continuous):
             cause = f"use_{self._ramp}_sigmas=True" if self._ramp else "timestep_type='continuous'"
@@ -185,43 +175,33 @@ class EulerDiscreteScheduler(ExplodingScheduler):
     def _times_of(self, levels: np.ndarray) -> np.ndarray:
         return np.log(levels) / 4 if self._continuous else super()._times_of(levels)
 
-    def step(
+    def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: Time, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
         s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
-        """Goes one step towards the clean sample.
+        """Goes one step towards the clean sample; see :class:`SchedulerMixin`.
 
         Args:
-            model_output, timestep, sample, generator, return_dict: See :class:`SchedulerMixin`.
             s_churn, s_noise: Noise added per run before the steps (0 is deterministic), and its factor.
             s_tmin, s_tmax: Range of sigmas with churn.
         """
-        i = self._position(timestep)
-        x, churned = self._churn(wide(sample), i, (s_churn, s_tmin, s_tmax, s_noise), model_output.dtype, generator)
-        return self._step(sample, self.update(model_output, i, x, churned), return_dict)
+        return self._advance(model_output, timestep, sample, return_dict, (s_churn, s_tmin, s_tmax, s_noise), generator)
 
-    def update(self, output: Tensor, i: int, x: Tensor, churned: float) -> Update:
-        """Moves along the line from ``x`` at sigma ``churned`` through its denoised form."""
-        x0 = self._denoise(output, x, self._signal_noise(churned)[0], churned)
-        return self._move(output, x, x0, churned, self._sigmas[i + 1]), x0
+    def update(self, output: Tensor, i: int, x: Tensor, churn: Churn, generator: Generators) -> Update:
+        """Moves along the line from ``x`` at the raised sigma through its denoised form (arXiv:2206.00364 algorithm 2, line 8)."""
+        x, here = self._churn(x, i, churn, output.dtype, generator)
+        x0 = self._denoise(output, x, self._signal_noise(here)[0], here)
+        return self._move(output, x, x0, here, self._sigmas[i + 1]), x0
 
 
-class EulerAncestralDiscreteScheduler(ExplodingScheduler):
+class EulerAncestralDiscreteScheduler(StochasticScheduler, ExplodingScheduler):
     """Euler steps that go further down than the next level and come back up with fresh noise."""
 
     config_keys = "BETAS prediction_type SPACING rescale_betas_zero_snr"
 
-    def step(
-        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
-    ) -> StepResult:
-        """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`."""
-        i = self._position(timestep)
-        noise = randn(model_output.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
-        return self._step(sample, self.update(model_output, i, wide(sample), noise), return_dict)
-
-    def update(self, output: Tensor, i: int, x: Tensor, noise: Tensor) -> Update:
-        """Goes down to the level from which fresh noise leads back to the next one, as DDPM's posterior does."""
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Update:
+        """Goes down to the level from which fresh noise leads back to the next one, as DDPM's (arXiv:2006.11239 eq. 7)."""
         sigma, up = self._sigmas[i : i + 2]
         x0 = self._denoise(output, x, self._signal_noise(sigma)[0], sigma)
         down = up**2 / sigma if up < sigma else up
-        return self._renoise(self._move(output, x, x0, sigma, down), down, up, noise), x0
+        return self._renoise(self._move(output, x, x0, sigma, down), down, up, noise_like(output, generator)), x0

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..random import Generators, randn
-from .base import Device, SchedulerOutput, StepResult, Time, wide
+from ..random import Generators
+from .base import Device, StepResult, StochasticScheduler, Time, Update, noise_like
 from .euler import ExplodingScheduler
 from .two_stage import HeunDiscreteScheduler
 
@@ -67,9 +67,6 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
         """Lays out a run of so many steps, or of given levels (without the one to end at), ``timesteps`` or both.
 
         ``mu`` has an effect with ``use_dynamic_shifting`` only: pipelines work it out for every model of a family.
-
-        Raises:
-            ValueError: None of them was given, their lengths differ, or ``mu`` is missing.
         """
         lengths = {len(given) for given in (sigmas, timesteps) if given is not None}
         if num_inference_steps is None and not lengths:
@@ -78,7 +75,7 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
             raise ValueError("num_inference_steps, sigmas and timesteps differ in length: pass one of them")
         self._lay_out(device, num_inference_steps, timesteps, sigmas, mu if self.config["use_dynamic_shifting"] else None)
 
-    def step(
+    def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: Time, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
         s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
@@ -91,24 +88,20 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
             per_token_timesteps: Times of single tokens ``(B, N)`` of a sample ``(B, N, C)``: each goes to the level below its own.
         """
         refuse_churn(s_churn)
-        i, x = self._position(timestep), wide(sample)
-        here: Any = self._sigmas[i]
-        there: Any = self._sigmas[i + 1]
-        if per_token_timesteps is not None:
-            here = per_token_timesteps.to(x.dtype).unsqueeze(-1) / len(self)  # (B, N, 1)
+        return self._advance(model_output, timestep, sample, return_dict, generator, per_token_timesteps)
+
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators, times: Tensor | None = None) -> Tensor:
+        """Euler's step along the prediction, or with fresh noise in place of the old (arXiv:2210.02747)."""
+        here: Any
+        there: Any
+        here, there = self._sigmas[i : i + 2]
+        if times is not None:
+            here = times.to(x.dtype).unsqueeze(-1) / len(self)  # (B, N, 1)
             levels = self.sigmas.to(x.device, x.dtype).view(-1, 1, 1, 1)
             there = torch.where(levels < here - 1e-6, levels, 0.0).amax(0)
-        new = self.update(model_output, x, here, there, generator)
-        return self._step(sample, (new, None), return_dict)
-
-    def update(self, output: Tensor, x: Tensor, here: Any, there: Any, generator: Generators) -> Tensor:
-        """Euler's step along the prediction, or with fresh noise in place of the old."""
         if self.config["stochastic_sampling"]:
-            noise = randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            return noise.mul_(there).add_((x - here * output) * (1 - there))
-        if isinstance(here, float):
-            return torch.add(x, output, alpha=there - here)
-        return x + (there - here) * output
+            return noise_like(x, generator).mul_(there).add_((x - here * output) * (1 - there))
+        return torch.add(x, output, alpha=there - here) if times is None else x + (there - here) * output
 
 
 class FlowMatchHeunDiscreteScheduler(FlowScheduler, HeunDiscreteScheduler):
@@ -119,7 +112,6 @@ class FlowMatchHeunDiscreteScheduler(FlowScheduler, HeunDiscreteScheduler):
     config_keys = "num_train_timesteps shift"
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:  # type: ignore[override]
-        """Lays out a run of ``num_inference_steps``, with one entry per evaluation in ``timesteps``, on ``device``."""
         self._lay_out(device, num_inference_steps)
 
     def step(  # type: ignore[override]
@@ -128,14 +120,18 @@ class FlowMatchHeunDiscreteScheduler(FlowScheduler, HeunDiscreteScheduler):
     ) -> StepResult:  # fmt: skip
         """Goes one evaluation further; see :meth:`FlowMatchEulerDiscreteScheduler.step` for the arguments."""
         refuse_churn(s_churn)
-        result = self._stage(model_output, timestep, sample, True)
-        return SchedulerOutput(result[0]) if return_dict else (result[0],)
+        return self._advance(model_output, timestep, sample, return_dict)
+
+    def update(self, output: Tensor, i: int, x: Tensor, source: Any = None) -> Update:
+        """See :class:`HeunDiscreteScheduler`; the denoised sample is not told."""
+        return super().update(output, i, x)[0], None
 
 
 class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
     """Consistency sampling for flow models: denoise, then noise anew to the next level (arXiv:2310.04378 algorithm 3)."""
 
     config_keys = "SHIFTS scale_factors upscale_mode"
+    step = StochasticScheduler.step  # type: ignore[assignment]
 
     def _reset(self) -> None:
         super()._reset()
@@ -145,23 +141,20 @@ class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
         """Replaces the growth of the sample from step to step."""
         self.register_to_config(scale_factors=scale_factors, upscale_mode=upscale_mode)
 
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
-    ) -> StepResult:
-        """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`."""
-        i, x = self._position(timestep), wide(sample)
+    def update(  # type: ignore[override]
+        self, output: Tensor, i: int, x: Tensor, generator: Generators
+    ) -> Tensor:
+        """To the denoised sample, which may grow, and from there to the next level with fresh noise."""
         here, there = self._sigmas[i : i + 2]
-        x0 = torch.add(x, model_output, alpha=-here)
-        factors = self.config["scale_factors"] or []
-        self._size = self._size or x.shape[2:]
+        x0 = torch.add(x, output, alpha=-here)
+        factors, self._size = self.config["scale_factors"] or [], self._size or x.shape[2:]
         if i < len(factors):
             size = [round(factors[i] * side) for side in self._size]
             x0 = F.interpolate(x0, size=size, mode=self.config["upscale_mode"])
-        noise = randn(x0.shape, generator=generator, device=x.device, dtype=x0.dtype)
-        return self._step(sample, (noise.mul_(there).add_(x0, alpha=1 - there), None), return_dict)
+        return noise_like(x0, generator).mul_(there).add_(x0, alpha=1 - there)
 
 
-class LTXEulerAncestralRFScheduler(FlowScheduler):
+class LTXEulerAncestralRFScheduler(StochasticScheduler, FlowScheduler):
     """Euler's method for flow models with noise put back at each step."""
 
     config_keys = "num_train_timesteps eta s_noise"
@@ -171,12 +164,9 @@ class LTXEulerAncestralRFScheduler(FlowScheduler):
         self, num_inference_steps: int | None = None, device: Device = None, sigmas: list[float] | Tensor | None = None,
         timesteps: list[float] | Tensor | None = None, mu: float | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Lays out a run of so many steps, or of given levels with the one to end at.
+        """Lays out a run of so many steps, or of given levels, or ``timesteps`` that are levels, with the one to end at.
 
-        ``timesteps`` alone are levels too; ``mu`` and further arguments, which other schedulers take, have no effect here.
-
-        Raises:
-            ValueError: None of them was given, or a level is not in 0..1.
+        ``mu`` and further arguments, which other schedulers take, have no effect here.
         """
         if (given := timesteps if sigmas is None else sigmas) is None:
             self._lay_out(device, num_inference_steps)
@@ -185,20 +175,16 @@ class LTXEulerAncestralRFScheduler(FlowScheduler):
         if levels.min() < 0 or levels.max() > 1:
             raise ValueError(f"sigmas={levels.tolist()}: the levels of a flow lie in 0..1")
         self.num_inference_steps = len(levels) - 1
-        self._set_levels(np.append(levels, levels[-1]), levels * len(self), device, torch.float32)
+        self._set_levels(np.append(levels, levels[-1]), levels * len(self), device)
         self.sigmas = self.sigmas[:-1]
 
-    def step(
-        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
-    ) -> StepResult:
-        """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`."""
-        i, x = self._position(timestep), wide(sample)
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:
+        """Goes down below the next level, and back up with fresh noise; see :class:`EulerAncestralDiscreteScheduler`."""
         here, there = self._sigmas[i : i + 2]
         if here == there:  # the last of the given levels, which no step leaves
-            return self._step(sample, (x, None), return_dict)
+            return x
         down = there * (1 + (there / here - 1) * self.config["eta"])
-        new = torch.add(x, model_output, alpha=down - here)
+        new = torch.add(x, output, alpha=down - here)
         if there and down != there and self.config["s_noise"]:
-            noise = randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            new = self._renoise(new, down, there, noise, self.config["s_noise"])
-        return self._step(sample, (new, None), return_dict)
+            return self._renoise(new, down, there, noise_like(x, generator), self.config["s_noise"])
+        return new

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..random import Generators, randn
-from .base import Device, SchedulerMixin, StepResult, StepScheduler, Time, one_source, wide
+from ..random import Generators
+from .base import Device, SchedulerMixin, StepResult, StepScheduler, StochasticScheduler, Time, Update, noise_like, one_source
 from .dpm import LogSnrScheduler
 from .euler import ExplodingScheduler
 from .noise import one_of
@@ -40,21 +39,8 @@ class DEISMultistepScheduler(LogSnrScheduler):
         self, num_inference_steps: int | None = None, device: Device = None, mu: float | None = None, *,
         sigmas: list[float] | None = None,
     ) -> None:  # fmt: skip
-        """Lays out a run of so many steps, or of a flow's given levels; ``mu`` is the logarithm of the flow shift."""
         one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
         self._lay_out(device, num_inference_steps, None, sigmas, mu)
-
-    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:
-        """Goes one step towards the clean sample; see :class:`SchedulerMixin`."""
-        count, i, x = self._count(), self._position(timestep), wide(sample)
-        return self._step(sample, (self.update(model_output, i, x, count), None), return_dict)
-
-    def update(self, output: Tensor, i: int, x: Tensor, count: int) -> Tensor:
-        """Integrates the polynomial through the last outputs, at lower order at the end of runs below 15 steps."""
-        self._history = [self._convert(output, i, x), *self._history[:2]]
-        lowered = self.config["lower_order_final"] and count < 15
-        order = min(len(self._history), self.config["solver_order"], count - i if lowered else 3)
-        return self._transfer(x, i, i + 1, range(i, i - order, -1), self._history[:order])
 
 
 class UniPCMultistepScheduler(LogSnrScheduler):
@@ -84,7 +70,6 @@ class UniPCMultistepScheduler(LogSnrScheduler):
         self, num_inference_steps: int | None = None, device: Device = None, sigmas: list[float] | None = None,
         mu: float | None = None,
     ) -> None:  # fmt: skip
-        """Lays out a run of so many steps, or of a flow's given levels; ``mu`` is the logarithm of the flow shift."""
         if sigmas is None or num_inference_steps is None:
             one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
         self._lay_out(device, num_inference_steps, None, sigmas, mu)
@@ -103,12 +88,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     def _even_flow(self, count: int) -> np.ndarray:
         return np.linspace(1.0, 1 / len(self), count + 1)[:-1]
 
-    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:
-        """Goes one step towards the clean sample; see :class:`SchedulerMixin`."""
-        count, i, x = self._count(), self._position(timestep), wide(sample)
-        return self._step(sample, (self.update(model_output, i, x, count, timestep), None), return_dict)
-
-    def update(self, output: Tensor, i: int, x: Tensor, count: int, timestep: Any) -> Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Corrects the sample (UniC, eq. 8) and predicts the next one (UniP, eq. 9)."""
         c = self.config
         converted = self._convert(output, i, x)
@@ -117,21 +97,15 @@ class UniPCMultistepScheduler(LogSnrScheduler):
             places = (*range(i - 1, i - 1 - order, -1), i)
             x = self._transfer(start, i - 1, i, places, (*self._history[:order], converted))
         self._history = [converted, *self._history[: c["solver_order"] - 1]]
-        wanted = min(c["solver_order"], count - i) if c["lower_order_final"] else c["solver_order"]
+        wanted = min(c["solver_order"], self._count() - i if c["lower_order_final"] else math.inf)
         order = 1 if self._sigmas[i + 1] == 0 else min(wanted, len(self._history))
         self._last = x, order
         if c["solver_p"] is not None:
-            return self._predictor.step(output, timestep, x).prev_sample
+            return self._predictor.step(output, self._times[i], x).prev_sample
         return self._transfer(x, i, i + 1, range(i, i - order, -1), self._history[:order])
 
-    def _moments(self, gain: float, z: float, count: int, tau2: float) -> list[float]:
-        moments = super()._moments(gain, z, count, tau2)
-        if count == 2:
-            moments[1] = (gain * z if self.config["solver_type"] == "bh1" else moments[0]) / 2
-        return moments
 
-
-class SASolverScheduler(LogSnrScheduler):
+class SASolverScheduler(StochasticScheduler, LogSnrScheduler):
     """Stochastic Adams predictor-corrector with noise of adjustable strength tau (arXiv:2309.05019)."""
 
     config_keys = (
@@ -152,18 +126,6 @@ class SASolverScheduler(LogSnrScheduler):
         super()._reset()
         self._last: tuple[Tensor, int, float, Tensor] | None = None  # sample, order, tau**2 and noise of the last step
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:
-        """Lays out a run of so many steps, with ``timesteps`` on ``device``."""
-        self._lay_out(device, num_inference_steps)
-
-    def step(
-        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
-    ) -> StepResult:
-        """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`."""
-        count, i, x = self._count(), self._position(timestep), wide(sample)
-        noise = randn(model_output.shape, generator=generator, device=x.device, dtype=model_output.dtype)
-        return self._step(sample, (self.update(model_output, i, x, count, noise), None), return_dict)
-
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         # noise is added at the training step itself, wherever the run is
         return super()._levels(timesteps) if self._flow else StepScheduler._levels(self, timesteps.long())  # type: ignore[arg-type]
@@ -173,9 +135,9 @@ class SASolverScheduler(LogSnrScheduler):
         tau, t = self.config["tau_func"], self._times[i]
         return float(200 <= t <= 800) if tau is None else float(tau(t)) ** 2
 
-    def update(self, output: Tensor, i: int, x: Tensor, count: int, noise: Tensor) -> Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:  # type: ignore[override]
         """Corrects the sample (eq. 17, Adams-Moulton) and predicts the next one (eq. 14, Adams-Bashforth)."""
-        c, converted = self.config, self._convert(output, i, x)
+        c, count, converted, noise = self.config, self._count(), self._convert(output, i, x), noise_like(output, generator)
         if self._last is not None:
             start, order, tau2, last_noise = self._last
             x = self._transfer(start, i - 1, i, range(i, i - order, -1), (converted, *self._history[: order - 1]), last_noise, tau2)
@@ -185,11 +147,8 @@ class SASolverScheduler(LogSnrScheduler):
         self._last = x, min(c["corrector_order"], left + 1, len(self._history) + 1), tau2, noise
         return self._transfer(x, i, i + 1, range(i, i - order, -1), self._history[:order], noise, tau2)
 
-    def _moments(self, gain: float, z: float, count: int, tau2: float) -> list[float]:
-        moments = super()._moments(gain, z, count, tau2)
-        if count == 2 and self._on_denoised:
-            moments[1] = gain * z / 2  # as in the published solver, for few steps
-        return moments
+    def _form(self) -> str:
+        return "bh1" if self._on_denoised else "exact"  # as in the published solver, for few steps
 
 
 class LMSDiscreteScheduler(ExplodingScheduler):
@@ -203,17 +162,22 @@ class LMSDiscreteScheduler(ExplodingScheduler):
         super()._reset()
         self._history: list[Tensor] = []  # slopes, the latest first
 
-    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, order: int = 4, return_dict: bool = True) -> StepResult:
+    def step(  # type: ignore[override]
+        self, model_output: Tensor, timestep: Time, sample: Tensor, order: int = 4, return_dict: bool = True
+    ) -> StepResult:
         """Goes one step towards the clean sample with the slopes of up to ``order`` levels; see :class:`SchedulerMixin`."""
-        i, x = self._position(timestep), wide(sample)
+        return self._advance(model_output, timestep, sample, return_dict, order)
+
+    def update(self, output: Tensor, i: int, x: Tensor, order: int) -> Update:
+        """Adams-Bashforth in sigma (arXiv:2206.00364 eq. 1)."""
         here, there = self._sigmas[i : i + 2]
-        x0 = self._denoise(model_output, x, self._signal_noise(here)[0], here)
-        slope = model_output if self._direct else (x - x0).div_(here)
+        x0 = self._denoise(output, x, self._signal_noise(here)[0], here)
+        slope = output if self._direct else (x - x0).div_(here)
         self._history = [slope, *self._history[: order - 1]]
         step = there - here
         nodes = [(self._sigmas[i - k] - here) / step for k in range(len(self._history))]
         weights = polynomial_weights(nodes, [step / (k + 1) for k in range(len(nodes))])
-        return self._step(sample, (blend((1.0, *weights), (x, *self._history)), x0), return_dict)
+        return blend((1.0, *weights), (x, *self._history)), x0
 
 
 class IPNDMScheduler(SchedulerMixin):
@@ -223,6 +187,7 @@ class IPNDMScheduler(SchedulerMixin):
     """
 
     config_keys = "num_train_timesteps trained_betas"
+    _time_type = torch.float32
 
     def _build(self) -> None:
         self.set_timesteps(self.config["num_train_timesteps"])
@@ -231,25 +196,20 @@ class IPNDMScheduler(SchedulerMixin):
         super()._reset()
         self._history: list[Tensor] = []
 
-    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
-        """Lays out a run of ``num_inference_steps``, with ``timesteps`` on ``device``."""
-        count = self.num_inference_steps = self._check_count(num_inference_steps)
+    def _stops(self, count: int) -> np.ndarray:
         trained = self.config["trained_betas"]
         noise = np.sin(np.linspace(1, 0, count + 1) * math.pi / 2) ** 2 if trained is None else np.asarray(trained, np.float64)
         signal = np.sqrt(1 - noise**2)
         self._levels = list(zip(signal.tolist(), noise.tolist(), strict=True))
-        self._set_schedule((np.arctan2(noise, signal) / math.pi * 2)[:-1], device, torch.float32)
+        return (np.arctan2(noise, signal) / math.pi * 2)[:-1]
 
-    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:
-        """Goes one step towards the clean sample; see :class:`SchedulerMixin`."""
-        self._count()
-        i, x = self._position(timestep), wide(sample)
+    def update(self, output: Tensor, i: int, x: Tensor) -> Tensor:
+        """Adams-Bashforth on the predicted noise (arXiv:2202.09778 eq. 12), and its transfer (eq. 11)."""
         (signal, noise), (next_signal, next_noise) = self._levels[i : i + 2]
-        self._history = [blend((noise, signal), (x, model_output)), *self._history[:3]]
+        self._history = [blend((noise, signal), (x, output)), *self._history[:3]]
         nodes = [-float(k) for k in range(len(self._history))]
         weights = polynomial_weights(nodes, [1 / (k + 1) for k in range(len(nodes))])
         if not signal:  # pure noise, which says nothing of the clean sample: its mean, 0, stands for it
-            return self._step(sample, (x * next_noise, None), return_dict)
+            return x * next_noise
         turn = next_noise - next_signal * noise / signal
-        new = blend((next_signal / signal, *(turn * w for w in weights)), (x, *self._history))
-        return self._step(sample, (new, None), return_dict)
+        return blend((next_signal / signal, *(turn * w for w in weights)), (x, *self._history))

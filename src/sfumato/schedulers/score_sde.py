@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..outputs import BaseOutput
 from ..random import Generators, randn
-from .base import Device, SchedulerMixin, StepResult, Time
+from .base import Device, SchedulerMixin, SchedulerOutput, StepResult, Time, noise_like
 
 
 @dataclass
@@ -46,14 +46,15 @@ class KarrasVeScheduler(SchedulerMixin):
         self.init_noise_sigma = self.config["sigma_max"]
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
-        """Lays out a run of at least 2 steps, geometric in the noise level, with ``timesteps`` on ``device``."""
-        self.num_inference_steps = count = self._check_count(num_inference_steps)
+        super().set_timesteps(num_inference_steps, device)
+        high, low = self.config["sigma_max"] ** 2, self.config["sigma_min"] ** 2
+        squares = high * (low / high) ** np.linspace(1, 0, num_inference_steps)
+        self.schedule = torch.tensor(squares, dtype=torch.float32, device=device)
+
+    def _stops(self, count: int) -> np.ndarray:
         if count < 2:
             raise ValueError(f"num_inference_steps={count}, expected at least 2: the levels go from sigma_max to sigma_min")
-        self._set_schedule(np.arange(count)[::-1], device, torch.int64)
-        high, low = self.config["sigma_max"] ** 2, self.config["sigma_min"] ** 2
-        squares = high * (low / high) ** (np.arange(count)[::-1] / (count - 1))
-        self.schedule = torch.tensor(squares, dtype=torch.float32, device=device)
+        return np.arange(count)[::-1]
 
     def add_noise_to_input(self, sample: Tensor, sigma: float, generator: Generators = None) -> tuple[Tensor, float]:
         """Raises a sample of noise level ``sigma`` to a higher one, and returns both (lines 4 to 6)."""
@@ -63,7 +64,7 @@ class KarrasVeScheduler(SchedulerMixin):
         noise = randn(sample.shape, generator=generator, device=sample.device)
         return torch.add(sample, noise, alpha=c["s_noise"] * math.sqrt(raised**2 - sigma**2)), raised
 
-    def step(
+    def step(  # type: ignore[override]
         self, model_output: Tensor, sigma_hat: float, sigma_prev: float, sample_hat: Tensor, return_dict: bool = True
     ) -> KarrasVeOutput | tuple[Tensor, ...]:
         """Goes from the raised level to the next along the slope (lines 7 and 8).
@@ -73,25 +74,19 @@ class KarrasVeScheduler(SchedulerMixin):
             sigma_hat, sample_hat: Results of ``add_noise_to_input``.
             sigma_prev: The next level.
         """
-        return self._move(model_output, sigma_hat, sigma_prev, sample_hat, sample_hat, None, return_dict)
+        x0 = torch.add(sample_hat, model_output, alpha=float(sigma_hat))
+        new = torch.add(sample_hat, model_output, alpha=float(sigma_hat) - float(sigma_prev))
+        return KarrasVeOutput(new, -model_output, x0) if return_dict else (new, -model_output)
 
     def step_correct(
         self, model_output: Tensor, sigma_hat: float, sigma_prev: float, sample_hat: Tensor, sample_prev: Tensor,
         derivative: Tensor, return_dict: bool = True,
     ) -> KarrasVeOutput | tuple[Tensor, ...]:  # fmt: skip
         """Repeats the step with the mean of the slopes at its ends (lines 10 and 11); ``model_output`` is of ``sample_prev``."""
-        return self._move(model_output, sigma_hat, sigma_prev, sample_hat, sample_prev, derivative, return_dict)
-
-    def _move(
-        self, output: Tensor, raised: float, following: float, start: Tensor, at: Tensor, derivative: Tensor | None,
-        return_dict: bool,
-    ) -> KarrasVeOutput | tuple[Tensor, ...]:  # fmt: skip
-        raised, following = float(raised), float(following)
-        x0 = torch.add(at, output, alpha=raised if derivative is None else following)
-        first = -output if derivative is None else derivative
-        half = (following - raised) / 2
-        new = torch.add(start, first, alpha=half).sub_(output, alpha=half)
-        return KarrasVeOutput(new, first, x0) if return_dict else (new, first)
+        half = (float(sigma_prev) - float(sigma_hat)) / 2
+        new = torch.add(sample_hat, derivative, alpha=half).sub_(model_output, alpha=half)
+        x0 = torch.add(sample_prev, model_output, alpha=float(sigma_prev))
+        return KarrasVeOutput(new, derivative, x0) if return_dict else (new, derivative)
 
 
 class ScoreSdeVeScheduler(SchedulerMixin):
@@ -101,17 +96,20 @@ class ScoreSdeVeScheduler(SchedulerMixin):
         sigmas, discrete_sigmas: Noise levels of ``timesteps``, and from ``sigma_min`` up to ``sigma_max``."""
 
     config_keys = "num_train_timesteps snr sigma_min sigma_max sampling_eps correct_steps"
+    _time_type = torch.float32
     config_defaults = {"num_train_timesteps": 2000, "sigma_min": 0.01, "sigma_max": 1348.0}
 
     def _build(self) -> None:
         self.init_noise_sigma = self.config["sigma_max"]
         self.set_sigmas(len(self))
 
-    def set_timesteps(self, num_inference_steps: int, sampling_eps: float | None = None, device: Device = None) -> None:
+    def set_timesteps(  # type: ignore[override]
+        self, num_inference_steps: int, sampling_eps: float | None = None, device: Device = None
+    ) -> None:
         """Lays out times from 1 to ``sampling_eps``; ``set_sigmas`` follows."""
         end = self.config["sampling_eps"] if sampling_eps is None else sampling_eps
         self.num_inference_steps = count = self._check_count(num_inference_steps)
-        self._set_schedule(torch.linspace(1, end, count).numpy(), device, torch.float32)
+        self._set_schedule(torch.linspace(1, end, count).numpy(), device)
 
     def set_sigmas(
         self, num_inference_steps: int, sigma_min: float | None = None, sigma_max: float | None = None,
@@ -136,21 +134,19 @@ class ScoreSdeVeScheduler(SchedulerMixin):
         last = len(self._times) - 1
         i = int(np.float32(self._time(timestep)) * np.float32(last))
         variance = self._levels[i] ** 2 - (self._levels[i - 1] if i else 0.0) ** 2
-        noise = randn(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
         mean = torch.add(sample, model_output, alpha=variance)
-        new = torch.add(mean, noise, alpha=math.sqrt(variance))
+        new = torch.add(mean, noise_like(sample, generator), alpha=math.sqrt(variance))
         return SdeVeOutput(new, mean) if return_dict else (new, mean)
 
     def step_correct(
         self, model_output: Tensor, sample: Tensor, generator: Generators = None, return_dict: bool = True
     ) -> StepResult:
         """Corrector: Langevin dynamics at one noise level (algorithm 4); the step size is that of the whole batch."""
-        noise = randn(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        around = tuple(range(1, sample.ndim))
+        noise, around = noise_like(sample, generator), tuple(range(1, sample.ndim))
         ratio = torch.linalg.vector_norm(noise, dim=around).mean() / torch.linalg.vector_norm(model_output, dim=around).mean()
         size = ratio * ratio * (2 * self.config["snr"] ** 2)
         new = torch.addcmul(sample, model_output, size).addcmul_(noise, (2 * size).sqrt())
-        return self._step(sample, (new, None), return_dict)
+        return SchedulerOutput(new) if return_dict else (new,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noises clean samples to the levels at positions ``timesteps``, ``(B,)``, of ``discrete_sigmas``."""
@@ -163,11 +159,10 @@ class ScoreSdeVpScheduler(SchedulerMixin):
 
     config_keys = "num_train_timesteps beta_min beta_max sampling_eps"
     config_defaults = {"num_train_timesteps": 2000, "sampling_eps": 1e-3}
+    _time_type = torch.float32
 
-    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
-        """Lays out times from 1 to ``sampling_eps``, on ``device``."""
-        self.num_inference_steps = count = self._check_count(num_inference_steps)
-        self._set_schedule(torch.linspace(1, self.config["sampling_eps"], count).numpy(), device, torch.float32)
+    def _stops(self, count: int) -> np.ndarray:
+        return torch.linspace(1, self.config["sampling_eps"], count).numpy()
 
     def step_pred(self, score: Tensor, x: Tensor, t: Time, generator: Generators = None) -> tuple[Tensor, Tensor]:
         """Returns the next sample, and the same without its fresh noise; ``score`` is the noise that the model predicts."""
@@ -176,5 +171,4 @@ class ScoreSdeVpScheduler(SchedulerMixin):
         spread = math.sqrt(1 - float(np.exp(np.float32(-(now**2) / 2 * (high - low) - now * low))))
         beta = (low + now * (high - low)) / count
         mean = torch.add(x, x, alpha=beta / 2).sub_(score, alpha=beta / spread)
-        noise = randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        return torch.add(mean, noise, alpha=math.sqrt(beta)), mean
+        return torch.add(mean, noise_like(x, generator), alpha=math.sqrt(beta)), mean

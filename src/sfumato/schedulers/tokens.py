@@ -35,16 +35,14 @@ class VQDiffusionScheduler(SchedulerMixin):
         if min(beta for table in (self._single, self._total) for _, beta, _ in table) < 0:
             raise ConfigError("alpha_cum and gamma_cum sum to more than 1, the probability of all: lower their start or their end")
         self.mask_class = tokens
-        self._set_schedule(np.arange(total)[::-1], None, torch.int64)
+        self._set_schedule(np.arange(total)[::-1])
 
-    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
-        """Lays out the last ``num_inference_steps`` training steps, at most all, with ``timesteps`` on ``device``."""
-        self.num_inference_steps = count = self._check_count(num_inference_steps)
+    def _stops(self, count: int) -> np.ndarray:
         if count > len(self):
             raise ValueError(f"num_inference_steps={count} is more than the {len(self)} steps this model was trained with")
-        self._set_schedule(np.arange(count)[::-1], device, torch.int64)
+        return np.arange(count)[::-1]
 
-    def step(
+    def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
     ) -> StepResult:
         """Draws the tokens of the step before, with the Gumbel trick (section 3.2).
@@ -58,7 +56,8 @@ class VQDiffusionScheduler(SchedulerMixin):
         log_p = self.q_posterior(model_output, sample, t) if t else model_output
         uniform = rand(log_p.shape, generator=generator, device=log_p.device)
         gumbel = uniform.add_(1e-30).log_().neg_().add_(1e-30).log_()
-        return self._step(sample, ((log_p - gumbel).argmax(1), None), return_dict)
+        tokens = (log_p - gumbel).argmax(1)
+        return SchedulerOutput(tokens) if return_dict else (tokens,)
 
     def q_posterior(self, log_p_x_0: Tensor, x_t: Tensor, t: Time) -> Tensor:
         """Returns the logarithms of the probabilities of the tokens one step before (eqs. 8 and 11).
@@ -95,7 +94,7 @@ class AmusedScheduler(SchedulerMixin):
 
     config_keys = "mask_token_id masking_schedule"
 
-    def set_timesteps(
+    def set_timesteps(  # type: ignore[override]
         self, num_inference_steps: int, temperature: float | tuple[float, float] | list[float] = (2, 0), device: Device = None
     ) -> None:
         """Lays out a run; ``temperature`` of the choice of masks goes from the first to the second value (0.01 if there is one)."""
@@ -106,9 +105,9 @@ class AmusedScheduler(SchedulerMixin):
         done = torch.arange(1, count + 1) / count
         # The share of tokens masked after each step, in float32 as the number of them is rounded down.
         self._shares = torch.cos(done * math.pi / 2) if self.config["masking_schedule"] == "cosine" else 1 - done
-        self._set_schedule(np.arange(count)[::-1], device, torch.int64)
+        self._set_schedule(np.arange(count)[::-1], device)
 
-    def step(
+    def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: Time, sample: Tensor, starting_mask_ratio: float = 1.0, generator: Generators = None,
         return_dict: bool = True,
     ) -> StepResult:  # fmt: skip

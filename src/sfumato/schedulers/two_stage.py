@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..random import Generators, randn
-from .base import Device, StepResult, Time, one_source, wide
+from ..random import Generators
+from .base import Device, StepResult, StochasticScheduler, Time, Update, noise_like, one_source
 from .brownian import BrownianNoise
 from .euler import ExplodingScheduler
 from .prediction import blend
@@ -35,11 +35,11 @@ class TwoStageScheduler(ExplodingScheduler):
         super()._reset()
         self._start: Tensor | None = None  # what the second evaluation of a step sets out from
 
-    def _set_levels(self, sigmas: np.ndarray, timesteps: np.ndarray, device: Device, dtype: torch.dtype) -> None:
+    def _set_levels(self, sigmas: np.ndarray, timesteps: np.ndarray, device: Device = None) -> None:
         times = np.empty(2 * len(timesteps) - 1)
         times[::2], times[1::2] = timesteps, self._middle_times(sigmas, timesteps)
         doubled = np.concatenate([sigmas[:1], np.repeat(sigmas[1:-1], 2), np.repeat(sigmas[-1:], self._ends)])
-        super()._set_levels(doubled, times, device, dtype)
+        super()._set_levels(doubled, times, device)
 
     def _middle_times(self, sigmas: np.ndarray, timesteps: np.ndarray) -> np.ndarray:
         """Returns the timesteps of the second evaluations."""
@@ -57,28 +57,23 @@ class TwoStageScheduler(ExplodingScheduler):
             raise ValueError(f"position {i} is the second evaluation of a step: begin at an even position of the schedule")
         return i
 
-    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:
-        """Goes one evaluation further; see :class:`SchedulerMixin`."""
-        return self._stage(model_output, timestep, sample, return_dict)
-
-    def _stage(self, output: Tensor, timestep: Time, sample: Tensor, return_dict: bool, noise: Any = None) -> StepResult:
-        """One evaluation; ``noise`` is what the stochastic solvers' ``first`` and ``second`` take as their last argument."""
-        i, x = self._position(timestep), wide(sample)
+    def update(self, output: Tensor, i: int, x: Tensor, source: Any = None) -> Update:
+        """One evaluation; ``source`` is what the stochastic solvers make their noise of."""
         level, (here, there) = self._evaluated(i), self._sigmas[i - i % 2 : i - i % 2 + 2]
         x0 = self._denoise(output, x, self._signal_noise(level)[0], level)
         if self._start is not None:
-            new, self._start = self.second(output, x, x0, (here, level, there), self._start, noise), None
+            new, self._start = self.second(output, x, x0, (here, level, there), self._start, source), None
         elif i + 1 == len(self._times):
             new = self._move(output, x, x0, here, there)
         else:
-            new, self._start = self.first(output, x, x0, (here, self._middle(here, there), there), noise)
-        return self._step(sample, (new, x0), return_dict)
+            new, self._start = self.first(output, x, x0, (here, self._middle(here, there), there), source)
+        return new, x0
 
-    def first(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, noise: Any) -> Pair:
+    def first(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, source: Any) -> Pair:
         """Euler's step to the level of the second evaluation; also returns what that sets out from."""
         return self._move(output, x, x0, *levels[:2]), x
 
-    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, noise: Any) -> Tensor:
+    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, source: Any) -> Tensor:
         """Goes the whole step from its start with the slope half-way (midpoint rule)."""
         return self._along(output, x, x0, levels[1], start, levels[2] - levels[0])
 
@@ -101,24 +96,18 @@ class HeunDiscreteScheduler(TwoStageScheduler):
         self, num_inference_steps: int | None = None, device: Device = None, num_train_timesteps: int | None = None,
         timesteps: list[int] | None = None, *, sigmas: list[float] | None = None, mu: float | None = None,
     ) -> None:  # fmt: skip
-        """Lays out a run of so many steps, of given training steps, or of given sigmas with the level to end at.
-
-        ``num_train_timesteps`` overrides the configuration's; ``mu`` is the logarithm of a flow's dynamic shift.
-
-        Raises:
-            ValueError: Not exactly one of the three was given, or ``timesteps`` with a spacing of sigmas.
-        """
+        """Lays out a run; ``num_train_timesteps`` overrides the configuration's. See :class:`SchedulerMixin`."""
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         if timesteps is not None and self._ramp:
             raise ValueError(f"timesteps cannot be set with use_{self._ramp}_sigmas=True: pass sigmas")
         self._lay_out(device, num_inference_steps, timesteps, sigmas, mu, num_train_timesteps)
 
-    def first(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, noise: Any) -> Pair:
+    def first(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, source: Any) -> Pair:
         """Euler's step to the next level, and half of it, to which the other slope's half will be added."""
         here, _, there = levels
         return self._move(output, x, x0, here, there), self._move(output, x, x0, here, (here + there) / 2)
 
-    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, noise: Any) -> Tensor:
+    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, source: Any) -> Tensor:
         """The other half of the step, with the slope at its end."""
         here, _, there = levels
         return self._along(output, x, x0, there, start, (there - here) / 2)
@@ -136,7 +125,6 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
         self, num_inference_steps: int | None = None, device: Device = None, num_train_timesteps: int | None = None, *,
         sigmas: list[float] | None = None, mu: float | None = None,
     ) -> None:  # fmt: skip
-        """Lays out a run; see :meth:`HeunDiscreteScheduler.set_timesteps`."""
         one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
         self._lay_out(device, num_inference_steps, None, sigmas, mu, num_train_timesteps)
 
@@ -152,20 +140,11 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
         return math.sqrt(here * there)
 
 
-class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
+class KDPM2AncestralDiscreteScheduler(StochasticScheduler, KDPM2DiscreteScheduler):
     """DPM-Solver-2 to a level below the next one, from which fresh noise leads back up.
 
     That level is ``next**2 / sigma``, so the geometric mean of the step is the next level itself.
     """
-
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
-    ) -> StepResult:
-        """Goes one evaluation further, with noise from ``generator``; see :class:`SchedulerMixin`."""
-        noise = None
-        if self._position(timestep) % 2:
-            noise = randn(model_output.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
-        return self._stage(model_output, timestep, sample, return_dict, noise)
 
     def _middle_times(self, sigmas: np.ndarray, timesteps: np.ndarray) -> np.ndarray:
         return self._times_of(sigmas[1:-1])
@@ -173,11 +152,11 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
     def _middle(self, here: float, there: float) -> float:
         return there
 
-    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, noise: Any) -> Tensor:
+    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, source: Any) -> Tensor:
         """The midpoint rule to the lower level, and noise."""
         here, middle, there = levels
         down = there**2 / here
-        return self._renoise(self._along(output, x, x0, middle, start, down - here), down, there, noise)
+        return self._renoise(self._along(output, x, x0, middle, start, down - here), down, there, noise_like(output, source))
 
 
 class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
@@ -200,10 +179,16 @@ class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
         generator: Generators = None,
     ) -> StepResult:  # fmt: skip
         """Goes one evaluation further, with ``s_noise`` times the noise; ``generator`` seeds it in the run's first step."""
+        return self._advance(model_output, timestep, sample, return_dict, s_noise, generator)
+
+    def update(  # type: ignore[override]
+        self, output: Tensor, i: int, x: Tensor, factor: float, generator: Generators
+    ) -> Update:
+        """One evaluation, with ``factor`` times the noise."""
         if self._noise is None:
             seed, ends = self.config["noise_sampler_seed"], (min(s for s in self._sigmas if s > 0), max(self._sigmas))
-            self._noise = BrownianNoise(sample, *ends, seed=seed, generator=generator)
-        return self._stage(model_output, timestep, sample, return_dict, s_noise)
+            self._noise = BrownianNoise(x.to(output.dtype), *ends, seed=seed, generator=generator)
+        return super().update(output, i, x, factor)
 
     def _levels_at(self, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return ExplodingScheduler._levels_at(self, stops)
@@ -212,13 +197,13 @@ class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
         low, high = torch.tensor((here, there)).log()
         return torch.lerp(low, high, 0.5).exp().item()
 
-    def first(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, noise: Any) -> Pair:
+    def first(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, source: Any) -> Pair:
         """An ancestral step to the level of the second evaluation."""
-        return self._ancestral(x, x0, *levels[:2], noise), x
+        return self._ancestral(x, x0, *levels[:2], source), x
 
-    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, noise: Any) -> Tensor:
+    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, source: Any) -> Tensor:
         """An ancestral step from the start of the step, towards the second evaluation's denoised sample."""
-        return self._ancestral(start, x0, levels[0], levels[2], noise)
+        return self._ancestral(start, x0, levels[0], levels[2], source)
 
     def _ancestral(self, x: Tensor, x0: Tensor, here: float, there: float, factor: float) -> Tensor:
         assert self._noise is not None

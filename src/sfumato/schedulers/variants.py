@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..random import Generators, randn
-from .base import Device, LevelScheduler, StepResult, Time, Update, one_source, wide
+from ..random import Generators
+from .base import Device, LevelScheduler, StepResult, StepScheduler, StochasticScheduler, Time, Update, noise_like, one_source, wide
 from .discrete import DDIMScheduler, DDPMScheduler
 from .noise import beta_table, one_of, zero_terminal_snr
 from .prediction import mix
@@ -32,8 +32,7 @@ class DDPMParallelScheduler(DDPMScheduler):
             model_output, sample: ``(B, C, ...)``; the output ``(B, 2C, ...)`` with a learned variance.
             timesteps: Training steps, ``(B,)``.
         """
-        # A parallel sampler moves on by one even stride, whatever the spacing.
-        stride, channels = len(self) // self._count(), sample.shape[1]
+        stride, channels = self._stride(), sample.shape[1]  # one even stride, whatever the spacing
 
         def mean(output: Tensor, t: int, x: Tensor) -> Tensor:
             previous, beta = self._alpha_bar_at(t - stride), self._beta(t, t - stride)
@@ -71,18 +70,17 @@ class DDIMInverseScheduler(DDIMScheduler):
     def _build(self) -> None:
         one_of("timestep_spacing", self.config["timestep_spacing"], "leading", "trailing")
         super()._build()
-        self._set_schedule(np.arange(len(self)), None, torch.int64)
+        self._set_schedule(np.arange(len(self)))
 
-    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
-        """Lays out a run of ``num_inference_steps``, at most as many as training steps, with ``timesteps`` on ``device``."""
-        self._set_schedule(self._stops(num_inference_steps)[::-1], device, torch.int64)
+    def _stops(self, count: int) -> np.ndarray:
+        return super()._stops(count)[::-1]
 
     def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:  # type: ignore[override]
         """Goes one step towards the noise, up to the level of ``timestep``; see :class:`SchedulerMixin`."""
         return super().step(model_output, timestep, sample, return_dict=return_dict)
 
     def _move(self, t: int) -> tuple[float, float]:
-        return self._alpha_bar_at(min(t - len(self) // self._count(), len(self) - 1)), self._alpha_bar[t]
+        return self._alpha_bar_at(min(t - self._stride(), len(self) - 1)), self._alpha_bar[t]
 
 
 class RePaintScheduler(DDIMScheduler):
@@ -110,7 +108,7 @@ class RePaintScheduler(DDIMScheduler):
                 left[t] -= 1
                 times.extend(range(t + 1, t + jump_length + 1))
                 t += jump_length
-        self._set_schedule(np.array(times) * (len(self) // count), device, torch.int64)
+        self._set_schedule(np.array(times) * (len(self) // count), device)
 
     def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: Time, sample: Tensor, original_image: Tensor, mask: Tensor,
@@ -123,19 +121,22 @@ class RePaintScheduler(DDIMScheduler):
             original_image: The clean picture, as ``sample``.
             mask: 1 where the picture is known and kept, 0 where it is made anew; broadcasts to ``sample``.
         """
-        t, x = self._training_step(timestep), wide(sample)
-        noise = randn(model_output.shape, generator=generator, device=x.device, dtype=model_output.dtype)
-        eta, previous = self.config["eta"], self._move(t)[1]
-        unknown, x0 = self.update(model_output, t, x, eta, False, noise if eta > 0 else None)
-        known = mix((math.sqrt(previous), math.sqrt(1 - previous)), wide(original_image), noise)  # eq. 8a
-        return self._step(sample, (torch.lerp(unknown, known, mask.to(unknown)), x0), return_dict)
+        return self._advance(model_output, timestep, sample, return_dict, original_image, mask, generator)
+
+    def update(  # type: ignore[override]
+        self, output: Tensor, t: int, x: Tensor, picture: Tensor, mask: Tensor, generator: Generators
+    ) -> Update:
+        """Eqs. 8b (DDIM's step) outside the known region and 8a within, put together by eq. 8c."""
+        noise, eta, previous = noise_like(output, generator), self.config["eta"], self._move(t)[1]
+        unknown, x0 = super().update(output, t, x, eta, False, noise if eta > 0 else None)
+        known = mix((math.sqrt(previous), math.sqrt(1 - previous)), wide(picture), noise)
+        return torch.lerp(unknown, known, mask.to(unknown)), x0
 
     def undo_step(self, sample: Tensor, timestep: Time, generator: Generators = None) -> Tensor:
         """Noises the sample up from ``timestep`` by one step of the run, through each training step (arXiv:2006.11239 eq. 2)."""
         t, x = self._training_step(timestep), wide(sample)
-        for beta in self.betas[t : t + len(self) // self._count()].tolist():
-            noise = randn(sample.shape, generator=generator, device=x.device, dtype=sample.dtype)
-            x = mix((math.sqrt(1 - beta), math.sqrt(beta)), x, noise)
+        for beta in self.betas[t : t + self._stride()].tolist():
+            x = mix((math.sqrt(1 - beta), math.sqrt(beta)), x, noise_like(sample, generator))
         return x.to(sample.dtype)
 
 
@@ -152,25 +153,24 @@ class UnCLIPScheduler(DDPMScheduler):
         one_of("variance_type", self.config["variance_type"], "fixed_small_log", "learned_range")
         super()._build()
 
-    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:  # type: ignore[override]
-        """Lays out a run of at least 2 steps, with ``timesteps`` on ``device``."""
-        self.num_inference_steps = count = self._check_count(num_inference_steps)
+    set_timesteps = StepScheduler.set_timesteps  # type: ignore[assignment]
+
+    def _stops(self, count: int) -> np.ndarray:
         if not 2 <= count <= len(self):
             raise ValueError(f"num_inference_steps={count}, expected 2..{len(self)}: the run goes from the last training step to 0")
-        stops = np.arange(count)[::-1] * ((len(self) - 1) / (count - 1))
-        self._set_schedule(stops.round().astype(np.int64), device, torch.int64)
+        return (np.arange(count)[::-1] * ((len(self) - 1) / (count - 1))).round().astype(np.int64)
 
     def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: Time, sample: Tensor, prev_timestep: Time | None = None, generator: Generators = None,
         return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
-        """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`.
+        """Goes one step down, to the training step ``prev_timestep`` or by one; see :meth:`SchedulerMixin.step`."""
+        following = None if prev_timestep is None else self._training_step(prev_timestep)
+        return self._advance(model_output, timestep, sample, return_dict, generator, following)
 
-        ``prev_timestep`` is the training step to go to, by default the one below ``timestep``.
-        """
-        t = self._training_step(timestep)
-        following = t - 1 if prev_timestep is None else self._training_step(prev_timestep)
-        return self._step(sample, self.update(model_output, t, following, wide(sample), generator), return_dict)
+    def update(self, output: Tensor, t: int, x: Tensor, generator: Generators, following: int | None = None) -> Update:
+        """See :class:`DDPMScheduler`."""
+        return super().update(output, t, x, generator, t - 1 if following is None else following)
 
     def _beta(self, t: int, following: int) -> float:
         # In float32, as published samples were made: at the clean end it shows.
@@ -178,23 +178,23 @@ class UnCLIPScheduler(DDPMScheduler):
         return self.betas[t].item() if following == t - 1 else float(1 - ratio)
 
 
-class DDPMWuerstchenScheduler(LevelScheduler):
+class DDPMWuerstchenScheduler(StochasticScheduler, LevelScheduler):
     """DDPM in continuous time, 1 (noise) to 0 (clean), on the cosine table (arXiv:2306.00637, arXiv:2102.09672 eq. 17)."""
 
     config_keys = "scaler s"
+    _time_type = torch.float32
 
-    def set_timesteps(
+    def set_timesteps(  # type: ignore[override]
         self, num_inference_steps: int | None = None, timesteps: list[float] | Tensor | None = None, device: Device = None
     ) -> None:
-        """Lays out a run of so many steps, or of given times in 1..0, the last of which is where it ends."""
+        """Lays out a run; the last of given times, in 1..0, is where it ends. See :class:`SchedulerMixin`."""
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
-        times = (
-            torch.linspace(1, 0, self._check_count(num_inference_steps) + 1) if timesteps is None else torch.as_tensor(timesteps)
-        )
+        given = timesteps is not None
+        times = torch.as_tensor(timesteps) if given else torch.linspace(1, 0, self._check_count(num_inference_steps) + 1)
         if times.ndim != 1 or len(times) < 2:
             raise ValueError(f"timesteps={timesteps}, expected two times or more, of which the last is where the run ends")
         self.num_inference_steps = len(times) - 1
-        self._set_schedule(times.cpu().double().numpy(), device, torch.float32)
+        self._set_schedule(times.cpu().double().numpy(), device)
         self._alpha_bars = self._alpha_bar_at(torch.tensor(self._times)).tolist()
 
     def _alpha_bar_at(self, t: Tensor) -> Tensor:
@@ -207,26 +207,18 @@ class DDPMWuerstchenScheduler(LevelScheduler):
         alpha_bar = self._alpha_bar_at(timesteps)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
-    def step(
-        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
-    ) -> StepResult:
-        """Goes one step towards the clean sample, with noise from ``generator``; see :class:`SchedulerMixin`.
-
-        The timestep may be ``(B,)`` with equal entries.
-        """
+    def _position(self, timestep: Time) -> int:  # type: ignore[override]
         self._count()
-        t, x = self._time(timestep), wide(sample)
-        noise = randn(model_output.shape, generator=generator, device=x.device, dtype=model_output.dtype)
-        i = min(range(len(self._times) - 1), key=lambda j: abs(self._times[j] - t))
-        return self._step(sample, (self.update(model_output, i, x, noise), None), return_dict)
+        t = self._time(timestep)  # may be (B,) with equal entries
+        return min(range(len(self._times) - 1), key=lambda i: abs(self._times[i] - t))
 
-    def update(self, output: Tensor, i: int, x: Tensor, noise: Tensor) -> Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:
         """Posterior mean and deviation (arXiv:2006.11239 eqs. 11 and 7); the step to time 0 adds no noise."""
         alpha_bar, previous = self._alpha_bars[i], self._alpha_bars[i + 1]
         kept = alpha_bar / previous
         mean = mix((1 / math.sqrt(kept), (kept - 1) / math.sqrt(kept * (1 - alpha_bar))), x, output)
         deviation = math.sqrt((1 - kept) * (1 - previous) / (1 - alpha_bar)) if self._times[i + 1] else 0.0
-        return mean.add_(noise, alpha=deviation)
+        return mean.add_(noise_like(output, generator), alpha=deviation)
 
 
 class CogVideoXDDIMScheduler(DDIMScheduler):
@@ -276,23 +268,23 @@ class CogVideoXDPMScheduler(CogVideoXDDIMScheduler):
         """
         if eta or variance_noise is not None:
             raise ValueError("eta and variance_noise are not for CogVideoX's schedulers: leave them out and pass a generator")
-        t, x, noise = self._training_step(timestep), wide(sample), torch.empty(0)
-        alpha_bar, previous = self._move(t)
-        second = old_pred_original_sample is not None and timestep_back is not None and t >= len(self) // self._count()
-        for _ in range(1 + second):  # of two draws the second counts
-            noise = randn(sample.shape, generator=generator, device=x.device, dtype=sample.dtype)
-        x0 = slope = self._denoise(model_output, x, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
-        h = _log_snr(previous) - _log_snr(alpha_bar)
-        if second:
-            before = _log_snr(self._alpha_bar[self._training_step(timestep_back)])  # type: ignore[arg-type]
-            slope = torch.lerp(wide(old_pred_original_sample), x0, 1 + h / (2 * (_log_snr(alpha_bar) - before)))  # type: ignore[arg-type]
-        return self._step(sample, (self._solve(slope, x, alpha_bar, previous, h, noise), x0), return_dict)
+        last, back = old_pred_original_sample, None if timestep_back is None else self._training_step(timestep_back)
+        return self._advance(model_output, timestep, sample, return_dict, last, back, generator)
 
-    def _solve(self, slope: Tensor, x: Tensor, alpha_bar: float, previous: float, h: float, noise: Tensor) -> Tensor:
-        """Eq. 18 of arXiv:2211.01095 (appendix A), with the (extrapolated) denoised sample as ``slope``."""
-        keep = math.sqrt((1 - previous) / (1 - alpha_bar)) * math.exp(-h)
-        fresh = -math.expm1(-2 * h)
-        return mix((keep, math.sqrt(previous) * fresh), x, slope).add_(noise, alpha=math.sqrt((1 - previous) * fresh))
+    def update(  # type: ignore[override]
+        self, output: Tensor, t: int, x: Tensor, last: Tensor | None, back: int | None, generator: Generators
+    ) -> Update:
+        """Eq. 18 of arXiv:2211.01095 (appendix A), from the second step on with the extrapolated denoised sample."""
+        alpha_bar, previous = self._move(t)
+        x0 = slope = self._denoise(output, x, *self._signal_noise(t))
+        h = _log_snr(previous) - _log_snr(alpha_bar)
+        noise = noise_like(output, generator)
+        if last is not None and back is not None and t >= self._stride():
+            noise = noise_like(output, generator)  # of two draws the second counts
+            slope = torch.lerp(wide(last), x0, 1 + h / (2 * (_log_snr(alpha_bar) - _log_snr(self._alpha_bar[back]))))
+        keep, fresh = math.sqrt((1 - previous) / (1 - alpha_bar)) * math.exp(-h), -math.expm1(-2 * h)
+        new = mix((keep, math.sqrt(previous) * fresh), x, slope)
+        return new.add_(noise, alpha=math.sqrt((1 - previous) * fresh)), x0
 
 
 def _log_snr(alpha_bar: float) -> float:
