@@ -84,7 +84,7 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("text", {"negative_prompt_embeds": embeds(shape=(1, 77, 9))}, ValueError, r"negative_prompt_embeds is 9 wide, .* reads 32"),
     ("text", {"timesteps": [5, 1]}, ValueError, r"DDIMScheduler takes no custom timesteps; .*EulerDiscreteScheduler"),
     ("text", {"timesteps": [5], "sigmas": [1.0]}, ValueError, r"timesteps and sigmas are both given: pass one"),
-    ("text", {"callback_on_step_end_tensor_inputs": ["x"]}, ValueError, r"tensor_inputs has 'x'; .*'latents'"),
+    ("text", {"callback_on_step_end_tensor_inputs": ["x"]}, ValueError, r"tensor_inputs has 'x'; .*offers latents, prompt_embeds"),
     ("text", {"callback_steps": 0}, ValueError, r"callback_steps=0 must be at least 1"),
     ("text", {"clip_skip": 99}, ValueError, r"clip_skip=99 must lie in 0\.\.3"),
     ("text", {"clip_skip": -1}, ValueError, r"clip_skip=-1 must lie in 0\.\.3"),

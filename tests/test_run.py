@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 import sfumato
@@ -193,3 +194,19 @@ def test_callback_changes_latents(checkpoint: Checkpoint, pipe: Any) -> None:
     options = dict(CALL, callback_on_step_end=lambda view, i, t, tensors: {"latents": tensors["latents"] * 0.9})
     expected = reference("a red cat", generator=generator(0), **options).images
     np.testing.assert_allclose(pipe("a red cat", generator=generator(0), **options).images, expected, atol=1e-4)
+
+
+def test_callback_names_are_checked_and_written(checkpoint: Checkpoint, pipe: Any) -> None:
+    with pytest.raises(ValueError, match=r"offers latents, prompt_embeds.* returned 'latent'; did you mean 'latents'"):
+        pipe("a red cat", callback_on_step_end=lambda view, i, t, tensors: {"latent": None}, **CALL)
+    inpaint, seen = sfumato.StableDiffusionInpaintPipeline.from_pipe(pipe), []
+
+    def on_step(view: Any, index: int, t: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append(tensors["mask"])
+        return {"mask": torch.full_like(tensors["mask"], float(index))}
+
+    call = {"image": tiny.picture(), "mask_image": tiny.mask(), "callback_on_step_end_tensor_inputs": ["mask"], **CALL}
+    inpaint.set_progress_bar_config(disable=True)
+    inpaint("a red cat", callback_on_step_end=on_step, **call)
+    assert len(seen) > 1
+    assert [mask.unique().tolist() for mask in seen[1:]] == [[float(i)] for i in range(len(seen) - 1)]

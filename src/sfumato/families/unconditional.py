@@ -13,7 +13,7 @@ from ..media.processor import VaeImageProcessor
 from ..outputs import ImagePipelineOutput
 from ..pipelines.base import DiffusionPipeline
 from ..pipelines.conditioning import Conditioning
-from ..pipelines.run import Run
+from ..pipelines.run import LATENTS, Run
 from ..pipelines.tasks import Task, check_count
 from .stable_diffusion import check_generators
 
@@ -70,7 +70,7 @@ class PixelTask(Task):
     """Pictures from noise, at the size that the denoiser was made for."""
 
     name = "unconditional"
-    callback_tensors = ("latents",)
+    callback_tensors = {"latents": LATENTS}
 
     def noise(self, run: Run) -> torch.Tensor:
         return self.noise_of_shape(run, (run.batch, run.pipe.unet.config.in_channels, *self.size(run)))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..errors import SfumatoError, did_you_mean
+from ..errors import SfumatoError, did_you_mean, refuse_unknown
 from .conditioning import Conditioning
 from .guidance import Guidance, NoGuidance
 
@@ -194,36 +195,41 @@ class Run:
     def _report(self, t: torch.Tensor) -> None:
         args = self.args
         if args.callback_on_step_end is not None:
-            given = {name: self.tensor(name) for name in args.callback_on_step_end_tensor_inputs}
+            offered = self.task.callback_tensors
+            given = {name: offered[name].read(self) for name in args.callback_on_step_end_tensor_inputs}
             answer = args.callback_on_step_end(PipelineView(self), self.index, t, dict(given)) or {}
+            refuse_unknown(answer, offered, f"this pipeline offers {', '.join(offered)}; a callback returned", ValueError)
             for name, value in answer.items():
                 if value is not given.get(name):
-                    self.set_tensor(name, value)
+                    offered[name].write(self, value)
         if args.callback is not None and self.index % args.callback_steps == 0:
             args.callback(self.index // self.scheduler.order, t, self.latents)
 
-    def tensor(self, name: str) -> torch.Tensor | None:
-        """The tensor that a step callback knows by ``name``."""
-        stacked = self.conditioning.get("encoder_hidden_states")
-        if name == "latents":
-            return self.latents
-        if name == "prompt_embeds":
-            return stacked
-        if name == "negative_prompt_embeds":
-            return None if stacked is None or self.guidance.branches != 2 else stacked[: self.batch]
-        return self.task.named_tensor(self, name)
 
-    def set_tensor(self, name: str, value: torch.Tensor) -> None:
-        """Replaces what :meth:`tensor` reads."""
-        if name == "latents":
-            self.latents = value
-        elif name == "prompt_embeds":
-            self.conditioning = self.conditioning.replace(encoder_hidden_states=value)
-        elif name == "negative_prompt_embeds":
-            stacked = self.conditioning["encoder_hidden_states"]
-            self.conditioning = self.conditioning.replace(encoder_hidden_states=torch.cat([value, stacked[len(value) :]]))
-        else:
-            self.task.set_named_tensor(self, name, value)
+class Named(NamedTuple):
+    """A tensor of a run that step callbacks know by name."""
+
+    read: Callable[[Run], torch.Tensor | None]
+    write: Callable[[Run, torch.Tensor], None]
+
+
+def _negative_embeds(run: Run) -> torch.Tensor | None:
+    stacked = run.conditioning.get("encoder_hidden_states")
+    return None if stacked is None or run.guidance.branches != 2 else stacked[: run.batch]
+
+
+def _set_embeds(run: Run, value: torch.Tensor) -> None:
+    run.conditioning = run.conditioning.replace(encoder_hidden_states=value)
+
+
+def _set_negative_embeds(run: Run, value: torch.Tensor) -> None:
+    _set_embeds(run, torch.cat([value, run.conditioning["encoder_hidden_states"][len(value) :]]))
+
+
+LATENTS = Named(lambda run: run.latents, lambda run, value: setattr(run, "latents", value))
+CHANNELS = Named(lambda run: run.channels, lambda run, value: setattr(run, "channels", value))
+EMBEDS = Named(lambda run: run.conditioning.get("encoder_hidden_states"), _set_embeds)
+NEGATIVE_EMBEDS = Named(_negative_embeds, _set_negative_embeds)
 
 
 class PipelineView:

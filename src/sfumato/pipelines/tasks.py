@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..random import randn
-from .run import Run, accepted
+from .run import CHANNELS, EMBEDS, LATENTS, NEGATIVE_EMBEDS, Named, Run, accepted
 
 
 def check_count(args: Any, name: str) -> None:
@@ -28,7 +28,9 @@ class Task:
     """Text to picture, and the parts that the other tasks share."""
 
     name: ClassVar[str] = "text-to-image"
-    callback_tensors: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "negative_prompt_embeds")
+    callback_tensors: ClassVar[dict[str, Named]] = {
+        "latents": LATENTS, "prompt_embeds": EMBEDS, "negative_prompt_embeds": NEGATIVE_EMBEDS,
+    }  # fmt: skip
     scales_channels: ClassVar[bool] = False
     needs_image: ClassVar[str] = ""  # why a call without a picture cannot work, where it cannot
 
@@ -50,7 +52,8 @@ class Task:
             raise ValueError(f"callback_steps={args.callback_steps!r} must be at least 1")
         unknown = [n for n in args.callback_on_step_end_tensor_inputs if n not in self.callback_tensors]
         if unknown:
-            raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}; this pipeline offers {self.callback_tensors}")
+            offered = ", ".join(self.callback_tensors)
+            raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}; this pipeline offers {offered}")
 
     def size(self, run: Run) -> tuple[int, int]:
         """Height and width of the result, in pixels."""
@@ -105,16 +108,6 @@ class Task:
     def finish(self, run: Run) -> Any:
         """Decodes and wraps the result."""
         return run.pipe.decode_output(run)
-
-    def named_tensor(self, run: Run, name: str) -> torch.Tensor | None:
-        """A tensor that only this task knows, for step callbacks."""
-        return run.channels
-
-    def set_named_tensor(self, run: Run, name: str, value: torch.Tensor) -> None:
-        """Replaces :meth:`named_tensor`."""
-        if name not in self.callback_tensors:
-            raise ValueError(f"a callback returned {name!r}; this pipeline offers {self.callback_tensors}")
-        run.channels = value
 
 
 def check_strength(run: Run) -> None:
@@ -181,7 +174,7 @@ class DepthToImage(ImageToImage):
     """Image-to-image with the picture's depth as a fifth channel."""
 
     name = "depth-to-image"
-    callback_tensors = (*Task.callback_tensors, "depth_mask")
+    callback_tensors = {**Task.callback_tensors, "depth_mask": CHANNELS}
 
     def prepare(self, run: Run) -> None:
         depth = run.pipe.depth_channel(run)  # (B, 1, h, w)
@@ -201,11 +194,35 @@ class Painting:
     crop: tuple[int, int, int, int] | None
 
 
+def _mask(run: Run) -> torch.Tensor:
+    return run.kept.mask if run.channels is None else run.channels[:, :1]
+
+
+def _set_mask(run: Run, value: torch.Tensor) -> None:
+    if run.channels is None:
+        run.kept = replace(run.kept, mask=value)
+    else:
+        run.channels = torch.cat([value, run.channels[:, 1:]], dim=1)
+
+
+def _masked_latents(run: Run) -> torch.Tensor | None:
+    return None if run.channels is None else run.channels[:, 1:]
+
+
+def _set_masked_latents(run: Run, value: torch.Tensor) -> None:
+    if run.channels is not None:
+        run.channels = torch.cat([run.channels[:, :1], value], dim=1)
+
+
 class Inpaint(ImageToImage):
     """Paint the masked region anew: by extra channels where the denoiser has them, else by pasting the source after each step."""
 
     name = "inpaint"
-    callback_tensors = (*Task.callback_tensors, "mask", "masked_image_latents")
+    callback_tensors = {
+        **Task.callback_tensors,
+        "mask": Named(_mask, _set_mask),
+        "masked_image_latents": Named(_masked_latents, _set_masked_latents),
+    }
     needs_image = "inpainting needs a picture and a mask of the region to paint anew"
 
     def check(self, run: Run) -> None:
@@ -267,26 +284,12 @@ class Inpaint(ImageToImage):
             pictures[:] = [overlay(run.args.mask_image, run.args.image, p, kept.crop) for p in pictures]
         return output
 
-    def named_tensor(self, run: Run, name: str) -> torch.Tensor | None:
-        if name == "mask":
-            return run.kept.mask if run.channels is None else run.channels[:, :1]
-        return None if run.channels is None else run.channels[:, 1:]
-
-    def set_named_tensor(self, run: Run, name: str, value: torch.Tensor) -> None:
-        if name not in ("mask", "masked_image_latents"):
-            super().set_named_tensor(run, name, value)
-        elif run.channels is not None:
-            parts = {"mask": run.channels[:, :1], "masked_image_latents": run.channels[:, 1:], name: value}
-            run.channels = torch.cat([parts["mask"], parts["masked_image_latents"]], dim=1)
-        elif name == "mask":
-            run.kept = replace(run.kept, mask=value)
-
 
 class InstructEdit(Task):
     """Edit a picture by an instruction (InstructPix2Pix, arXiv:2211.09800): its latents are extra channels."""
 
     name = "instruct-edit"
-    callback_tensors = ("latents", "prompt_embeds", "image_latents")
+    callback_tensors = {"latents": LATENTS, "prompt_embeds": EMBEDS, "image_latents": CHANNELS}
     needs_image = "an instruction edits a picture; pass one"
 
     def prepare(self, run: Run) -> None:
