@@ -17,6 +17,7 @@ MAX_PIXELS = 2048
 ORDERED_LIMIT = 5 * 2**29
 """Bytes of ordered weights that a process keeps at most. Convolutions beyond it order theirs at every call, as torch does."""
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
 MIN_PRODUCTS = 2**22
 """Multiplications from which oneDNN's matrix product outruns torch's default one, in spite of its dearer call."""
 
@@ -36,10 +37,10 @@ def _is_plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether this is inference on CPU that oneDNN can do and nothing else (compiler, autocast, wrapped tensors) has a hand in."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not torch.Tensor or not x.is_cpu:
         return False
-    dtype, mkldnn = x.dtype, torch.backends.mkldnn
+    dtype = x.dtype
     if dtype is not weight.dtype or dtype not in (torch.float32, torch.bfloat16) or type(weight) is not nn.Parameter:
         return False
-    return weight.is_cpu and not torch.is_autocast_enabled("cpu") and mkldnn.is_available() and bool(mkldnn.enabled)
+    return weight.is_cpu and not torch.is_autocast_enabled("cpu") and _HAS_ONEDNN and torch._C._get_mkldnn_enabled()
 
 
 def _widens(x: torch.Tensor, rows: int) -> bool:

@@ -106,7 +106,7 @@ class ResnetBlock2D(nn.Module):
         h = self.conv1(h)
         if temb is not None:
             # (B, T) -> (B, C', 1, 1)
-            temb = self.time_emb_proj(temb)[:, :, None, None]
+            temb = self.time_emb_proj(temb).unsqueeze(-1).unsqueeze(-1)
         if temb is not None and not self.scale_shift:
             h = add(h, temb)
         h = self.norm2(h)

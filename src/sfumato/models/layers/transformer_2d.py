@@ -94,7 +94,7 @@ class Transformer2D(nn.Module):
             h = block(h, context, mask, context_mask)
         if self.linear_projection:
             h = self.proj_out(h)
-        h = h.transpose(1, 2).unflatten(2, size)
+        h = h.reshape(len(h), *size, -1).permute(0, 3, 1, 2)
         return x + h if self.linear_projection else add(self.proj_out(h), x)
 
 
