@@ -17,7 +17,7 @@ from ..pipelines.run import Run
 from ..pipelines.tasks import Task, encode_pictures
 from ..pipelines.text import encode_clip_pooled
 from ..schedulers.euler import ExplodingScheduler
-from .stable_diffusion import StableDiffusion, check_generators, check_width, negative_texts, prompt_count
+from .stable_diffusion import PARTS, StableDiffusion, check_generators, check_width, negative_texts, prompt_count
 
 NOISE_LEVEL_WIDTH = 128
 """Width of the embedding of the noise level of the conditioning latents, which is always zero: ones, then zeros."""
@@ -51,7 +51,7 @@ class StableDiffusionLatentUpscalePipeline(
 ):
     """Latents, or pictures, twice as large."""
 
-    component_names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    component_names = PARTS
     optional_components = ()
     options = {}
     output = ImagePipelineOutput

@@ -62,8 +62,8 @@ class Unconditional(DiffusionPipeline):
         return latents
 
     def preview_images(self, latents: torch.Tensor) -> list[Any]:
-        """The pictures as they are."""
-        return self.image_processor.postprocess(latents.clamp(-1, 1), output_type="pil")
+        """The pictures of latents as they are."""
+        return self.image_processor.postprocess(self.to_pixels(latents).clamp(-1, 1), output_type="pil")
 
 
 class PixelTask(Task):
@@ -142,6 +142,3 @@ class LDMSuperResolutionPipeline(
 
     def to_pixels(self, latents: torch.Tensor) -> torch.Tensor:
         return self.vqvae.decode(latents, return_dict=False)[0].clamp(-1, 1)
-
-    def preview_images(self, latents: torch.Tensor) -> list[Any]:
-        return self.image_processor.postprocess(self.to_pixels(latents), output_type="pil")
