@@ -12,7 +12,7 @@ import sfumato
 from sfumato.cli.generate import embedded_defaults
 from sfumato.hub import EMBEDDED_MODEL
 
-PROMPTS = ("red apple", "red heart", "blue heart", "grinning face", "cat face", "pizza", "strawberry", "sun", "rocket", "octopus")
+PROMPTS = ("red apple", "grinning cat", "rocket", "blue heart", "pizza", "octopus", "strawberry", "sun", "mushroom", "hot beverage")
 STYLES = ("3d", "flat", "noto", "line")
 CELL, LABEL = 96, 18
 
