@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import registry
 from ..config import ConfigMixin, read_json
 from ..errors import ConfigError
 from ..outputs import BaseOutput
@@ -36,6 +37,8 @@ Update = tuple[Tensor, Tensor | None]
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .brownian import BrownianNoise
+
 _S = TypeVar("_S", bound="SchedulerMixin")
 
 KarrasDiffusionSchedulers = enum.Enum(
@@ -49,11 +52,9 @@ KarrasDiffusionSchedulers.__doc__ = "Schedulers that a Stable Diffusion pipeline
 
 @dataclass
 class SchedulerOutput(BaseOutput):
-    """Result of one step.
+    """Result of one step, in the sample's shape: ``prev_sample``, at the next, less noisy level, in the sample's dtype.
 
-    Attributes:
-        prev_sample: Sample at the next, less noisy level, in the shape and dtype of the input sample.
-        pred_original_sample: The clean sample as predicted from this step, where the solver has it; float32 for half precision.
+    ``pred_original_sample`` is the clean sample as predicted from this step, where the solver has it; float32 for half precision.
     """
 
     prev_sample: Tensor
@@ -108,7 +109,7 @@ class SchedulerMixin(ConfigMixin):
         super().__init_subclass__(**kwargs)
 
     def _build(self) -> None:
-        """Checks the configuration and builds the tables."""
+        """Checks the configuration and builds the tables. Subclasses extend this in place of a constructor."""
 
     def _own(self, key: str, default: Any) -> Any:
         """Returns a configuration value if this class has the key: the configuration also keeps keys of related classes."""
@@ -123,13 +124,10 @@ class SchedulerMixin(ConfigMixin):
         revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False, force_download: bool = False, **overrides: Any,
     ) -> _S:  # fmt: skip
-        """Loads a scheduler from a checkpoint folder or a hub repository; the file may be that of a related class.
+        """Loads a scheduler from a folder or a hub repository (``owner/name``); the file may be that of a related class.
 
-        Args:
-            pretrained_model_name_or_path: Local folder, or ``owner/repository``.
-            subfolder: Where in it the configuration lies (``"scheduler"`` in a pipeline's folder).
-            revision, token, cache_dir, local_files_only, force_download: See :class:`sfumato.hub.Source`.
-            **overrides: Configuration values that take precedence over the file's.
+        ``subfolder`` is ``"scheduler"`` in a pipeline's folder; ``overrides`` are configuration values in place of the file's;
+        other arguments as of :class:`sfumato.hub.Source`.
 
         Raises:
             HubError: The file cannot be found.
@@ -146,13 +144,8 @@ class SchedulerMixin(ConfigMixin):
     def from_name(name: str, config: Mapping[str, Any] | None = None, **overrides: Any) -> SchedulerMixin:
         """Builds the scheduler that k-diffusion, ComfyUI or AUTOMATIC1111 calls ``name``: ``"DPM++ 2M Karras"``, ``"euler_a"``.
 
-        Args:
-            name: A sampler and, after it, a spacing of its levels; spelling is free (``dpmpp_2m_karras``). Or a class name.
-            config: Configuration to start from, ``pipe.scheduler.config`` say.
-            **overrides: Configuration values that take precedence.
-
-        Raises:
-            ValueError: The name is not known, or the scheduler has no such spacing; the message lists what there is.
+        ``name`` is a sampler and, after it, a spacing of its levels, spelled freely (``dpmpp_2m_karras``), or a class name. The
+        configuration is ``config``, ``pipe.scheduler.config`` say, with ``overrides``. A ValueError lists the names that there are.
         """
         from .names import from_name
 
@@ -161,10 +154,7 @@ class SchedulerMixin(ConfigMixin):
     @property
     def compatibles(self) -> list[type[SchedulerMixin]]:
         """Classes that can take this scheduler's configuration through ``from_config``."""
-        from .. import schedulers
-
-        names = dict.fromkeys([type(self).__name__, *(s.name for s in KarrasDiffusionSchedulers)])
-        return [getattr(schedulers, name) for name in names]
+        return [registry.load(name) for name in {type(self).__name__: 0, **KarrasDiffusionSchedulers.__members__}]
 
     def plot(self) -> Figure:
         """Draws the current schedule; see :func:`sfumato.schedulers.plot.plot`."""
@@ -179,18 +169,20 @@ class SchedulerMixin(ConfigMixin):
         return twin
 
     def _reset(self) -> None:
-        """Forgets the run. Solvers with a history extend this."""
+        """Forgets the run: all state there is, but for PNDM's."""
         self.step_index = self.begin_index = None
+        self._history: list[Tensor] = []  # what multistep solvers extrapolate, the latest first
+        self._start: Any = None  # what a step of several evaluations, or a correction, sets out from
+        self._path: BrownianNoise | None = None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Makes the run begin at this position of the schedule (image-to-image starts part of the way)."""
         self.begin_index = begin_index
 
     def index_for_timestep(self, timestep: Time) -> int:
-        """Returns the position of a timestep in the schedule, or raises a ValueError if it is not there.
+        """Returns the position of a timestep in the schedule; where it is not there, a ValueError says so.
 
-        Of a timestep that occurs more than once the second position counts (a run that begins there must not step twice),
-        unless the schedule begins with it.
+        Of several the second counts (a run that begins there must not step twice), unless the schedule begins with it.
         """
         value = float(timestep)
         found = [i for i, t in enumerate(self._times) if math.isclose(t, value, rel_tol=1e-6, abs_tol=1e-6)]
@@ -213,7 +205,6 @@ class SchedulerMixin(ConfigMixin):
         return self.step_index
 
     def _begin(self, timestep: Time) -> int:
-        """Returns the position of a run's first step."""
         return self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
 
     def _time(self, timestep: Time) -> float:
@@ -255,13 +246,11 @@ class SchedulerMixin(ConfigMixin):
         self._reset()
 
     def _check_count(self, num_inference_steps: int | None) -> int:
-        """Returns a valid number of steps, or raises a ValueError (none, below 1) or a TypeError (no whole number)."""
         if num_inference_steps is None or operator.index(num_inference_steps) < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps}, expected at least 1")
         return operator.index(num_inference_steps)
 
     def _count(self) -> int:
-        """Returns the number of steps of the run, or raises a ValueError where there is none."""
         if self.num_inference_steps is None:
             raise ValueError("the schedule is not laid out: call set_timesteps(num_inference_steps) before step")
         return self.num_inference_steps
@@ -328,7 +317,6 @@ class LevelScheduler(SchedulerMixin):
     predictions: tuple[str, ...] = ("epsilon", "v_prediction")
 
     def _build(self) -> None:
-        """Reads what is common of the configuration. Subclasses build their tables here."""
         self._kind: str = self._own("prediction_type", self.predictions[0])
         one_of("prediction_type", self._kind, *self.predictions)
         self._thresholds, self._clips = self._own("thresholding", False), self._own("clip_sample", False)
@@ -351,19 +339,14 @@ class LevelScheduler(SchedulerMixin):
         raise NotImplementedError
 
     def _factors(self, timesteps: Tensor, sample: Tensor) -> list[Tensor]:
-        """Returns the same factors as ``(B, 1, 1, ...)``, ready to multiply ``sample``."""
         shape, dtype = (-1, *[1] * (sample.ndim - 1)), torch.promote_types(sample.dtype, torch.float32)
         return [factor.to(sample.device, dtype).view(shape) for factor in self._levels(timesteps)]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noises clean samples to the level of ``timesteps``.
+        """Noises clean samples ``(B, ...)`` to the level of ``timesteps``, elements of the schedule, ``(B,)`` or ``(1,)``.
 
-        A scheduler with sigmas whose run has begun (or whose begin is set) noises to the level of the run, whatever
-        ``timesteps`` says: inpainting brings the source to the level that the sample has reached.
-
-        Args:
-            original_samples, noise: ``(B, ...)``; the noise is standard normal.
-            timesteps: Elements of the schedule, ``(B,)`` or ``(1,)``.
+        A scheduler with sigmas whose run has begun (or whose begin is set) noises to the level of the run, whatever ``timesteps``
+        says: inpainting brings the source to the level that the sample has reached.
         """
         signal, spread = self._factors(timesteps, original_samples)
         return (signal * original_samples + spread * noise).to(original_samples.dtype)
@@ -392,7 +375,6 @@ class StepScheduler(LevelScheduler):
         return stops.round().astype(np.int64)
 
     def _training_step(self, timestep: Time) -> int:
-        """Returns the timestep as a valid integer."""
         value = self._time(timestep)
         if value != int(value) or not 0 <= value < len(self._alpha_bar):
             raise ValueError(f"timestep={value:g}, expected a whole number in 0..{len(self) - 1}; pass one of scheduler.timesteps")
@@ -438,7 +420,6 @@ class SigmaScheduler(LevelScheduler):
         self._set_levels(np.append(self._table[::-1], 0.0), np.arange(len(self._table))[::-1])
 
     def _read_ramp(self) -> str | None:
-        """Returns the spacing of sigmas that the configuration asks for; a ConfigError if it asks for several."""
         ramps = [name for name in ("karras", "exponential", "beta") if self._own(f"use_{name}_sigmas", False)]
         if len(ramps) > 1:
             raise ConfigError(f"use_{ramps[0]}_sigmas and use_{ramps[1]}_sigmas exclude each other: set only one of them to True")
@@ -451,7 +432,6 @@ class SigmaScheduler(LevelScheduler):
         self._set_schedule(timesteps, device)
 
     def _sigmas_at(self, stops: np.ndarray) -> np.ndarray:
-        """Returns the table's sigmas at fractional training steps."""
         return np.interp(stops, np.arange(len(self._table)), self._table)
 
     def _flow_levels(

@@ -146,9 +146,7 @@ class PNDMScheduler(StepScheduler):
     def _reset(self) -> None:
         super()._reset()
         self._calls = 0
-        self._history: list[Tensor] = []  # the latest first
         self._stages: list[Tensor] = []  # of a Runge-Kutta step
-        self._base: Tensor | None = None  # where the evaluations of one step set out from
 
     def _stops(self, count: int) -> np.ndarray:
         """Returns one entry per evaluation."""
@@ -175,21 +173,21 @@ class PNDMScheduler(StepScheduler):
         stage = self._calls % 4
         if stage == 0:
             self._history = [output, *self._history]
-            self._base, self._stages = x, []
+            self._start, self._stages = x, []
         self._stages.append(output)
         start, reach = int(self._times[self._calls - stage]), t - (0 if stage % 2 else stride // 2)
-        base = x if self._base is None else self._base
+        base = x if self._start is None else self._start
         weights, outputs = ([1.0], [output]) if stage < 3 else ([1 / 6, 1 / 3, 1 / 3, 1 / 6], self._stages)
         return self._transfer(weights, outputs, base, start, reach)
 
     def _adams_bashforth(self, output: Tensor, t: int, x: Tensor, stride: int) -> Tensor:
         """The polynomial through the last predictions of the noise, integrated (eq. 12)."""
-        if self._calls == 1 and self._base is not None:
-            x, self._base = self._base, None
+        if self._calls == 1 and self._start is not None:
+            x, self._start = self._start, None
             return self._transfer([0.5, 0.5], [output, self._history[0]], x, t + stride, t)
         self._history = [output, *self._history[:3]]
         if self._calls == 0:
-            self._base = x
+            self._start = x
         count = len(self._history)
         weights = polynomial_weights([-float(k) for k in range(count)], [1 / (k + 1) for k in range(count)])
         return self._transfer(weights, self._history, x, t, t - stride)

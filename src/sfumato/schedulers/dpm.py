@@ -24,10 +24,7 @@ from .prediction import blend, mix, noise_coefficients, polynomial_weights, spli
 
 
 class LogSnrScheduler(SigmaScheduler):
-    """Base of the solvers in half log signal-to-noise.
-
-    A configuration that comes from a flow model's scheduler makes them solvers of that flow.
-    """
+    """Base of the solvers in half log signal-to-noise; with the configuration of a flow model's scheduler, of that flow."""
 
     predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction", "flow_prediction")
     _on_denoised = True  # extrapolate the denoised sample, else the noise
@@ -53,10 +50,6 @@ class LogSnrScheduler(SigmaScheduler):
         one_of(key, value, *own)
         self.register_to_config(**{key: value})
         return value
-
-    def _reset(self) -> None:
-        super()._reset()
-        self._history: list[Tensor] = []  # what is extrapolated, the latest first
 
     def _signal_noise(self, sigma: float) -> tuple[float, float]:
         if self._flow:
@@ -87,7 +80,6 @@ class LogSnrScheduler(SigmaScheduler):
         self._set_levels(np.append(levels, self._end(levels)), stops, device)
 
     def _stops(self, count: int | None, timesteps: Any = None) -> np.ndarray:
-        """Returns the whole training steps of a run, descending."""
         if timesteps is not None:
             return np.array(timesteps).astype(np.int64)
         spacing, offset = self._own("timestep_spacing", "linspace"), self._own("steps_offset", 0)
@@ -115,11 +107,9 @@ class LogSnrScheduler(SigmaScheduler):
         return levels, (steps.round() if rounded else steps).astype(np.int64)
 
     def _even_flow(self, count: int) -> np.ndarray:
-        """Returns a flow's levels before any shift."""
         return 1 - np.linspace(1.0, 1 / len(self), count + 1)[:0:-1]
 
     def _end(self, levels: np.ndarray) -> float:
-        """Returns the level that a run ends at."""
         return float(levels[-1]) if self._flow and not self._ramp and self._final_sigma else self._final_sigma
 
     def _convert(self, output: Tensor, i: int, x: Tensor) -> Tensor:
@@ -132,8 +122,8 @@ class LogSnrScheduler(SigmaScheduler):
         x0 = self._denoise(output, x, alpha, sigma)
         return x0 if self._on_denoised else mix(noise_coefficients("sample", alpha, sigma), x, x0)
 
-    def update(self, output: Tensor, i: int, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Integrates the polynomial through the last outputs (Adams-Bashforth)."""
+    def _solve(self, output: Tensor, i: int, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Integrates the polynomial through the last outputs (arXiv:2211.01095 algorithm 2, arXiv:2204.13902 eq. 15)."""
         order = self._order_at(i, self._count() - i)
         self._history = [self._convert(output, i, x), *self._history[:2]]
         return self._transfer(x, i, i + 1, range(i, i - order, -1), self._history[:order], noise, self._tau2)
@@ -146,10 +136,9 @@ class LogSnrScheduler(SigmaScheduler):
         return min(len(self._history) + 1, self.config["solver_order"], left if lowered and left == 2 else 3)
 
     def _moments(self, gain: float, z: float, count: int, tau2: float) -> list[float]:
-        """Returns ``gain * z`` times the integrals over 0..1 of ``exp(z * (1 - r)) * r**k`` for ``k`` below ``count``.
+        """Returns ``gain * z`` times the integrals over 0..1 of ``exp(z * (1 - r)) * r**k``, ``k < count``.
 
-        They are the phi functions of exponential integrators (arXiv:2206.00927 appendix B); solvers that published samples
-        were made with replace some of them.
+        They are exponential integrators' phi functions (arXiv:2206.00927 appendix B); published solvers replace some of them.
         """
         moments = [gain * math.expm1(z)]
         for k in range(1, count):
@@ -159,17 +148,14 @@ class LogSnrScheduler(SigmaScheduler):
         return moments
 
     def _form(self) -> str:
-        """Returns the form of the second order."""
         return self.config["solver_type"]
 
     def _transfer(
-        self, x: Tensor, start: int, to: int, places: Sequence[int], outputs: Sequence[Tensor], noise: Tensor | None = None,
-        tau2: float = 0.0,
-    ) -> Tensor:  # fmt: skip
+        self, x: Tensor, start: int, to: int, places: Sequence[int], outputs: Sequence[Tensor], noise: Tensor | None, tau2: float
+    ) -> Tensor:
         """Moves ``x`` between two positions of the run along the polynomial through ``outputs`` at ``places``.
 
-        arXiv:2211.01095 eqs. 9 and 14, with noise of strength ``tau`` arXiv:2309.05019 eqs. 13 and 14 (1 is their SDE): with ``h``
-        the step in lambda, ``z`` is ``-(1 + tau**2) * h`` for the denoised sample and ``h`` for the noise.
+        arXiv:2211.01095 eqs. 9 and 14, with noise of strength ``tau`` arXiv:2309.05019 eqs. 13 and 14; ``h`` is the step in lambda.
         """
         (alpha_s, sigma_s), (alpha_t, sigma_t) = self._signal_noise(self._sigmas[start]), self._signal_noise(self._sigmas[to])
         base = self._log_snr(start)
@@ -206,14 +192,11 @@ class DPMSolverScheduler(StochasticScheduler, LogSnrScheduler):
             orders = "choose 1 or 2 (or 3, if not sde-dpmsolver)"
             raise ConfigError(f"algorithm_type={algorithm!r} has no solver_order={c['solver_order']}: {orders}")
 
-    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators, noise: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """See :class:`LogSnrScheduler`; the noise is given or drawn in float32."""
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators, noise: Tensor | None = None) -> Tensor:
+        """Solves with the noise that is given, or drawn in float32."""
         if self._tau2 and noise is None:
             noise = noise_like(x.float(), generator)
         return self._solve(output, i, x, noise if self._tau2 else None)
-
-    def _solve(self, output: Tensor, i: int, x: Tensor, noise: Tensor | None) -> Tensor:
-        return super().update(output, i, x, noise)
 
     def _moments(self, gain: float, z: float, count: int, tau2: float) -> list[float]:
         moments = super()._moments(gain, z, count, tau2)
@@ -276,10 +259,7 @@ class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
 
 
 class DPMSolverSinglestepScheduler(DPMSolverScheduler):
-    """Singlestep DPM-Solver and DPM-Solver++: each step sets out anew and spends as many evaluations as its order.
-
-    The schedule is a sequence of such evaluations, so a run of so many steps costs so many evaluations.
-    """
+    """Singlestep DPM-Solver and DPM-Solver++: as many entries of the schedule as the order make one step, which sets out anew."""
 
     _algorithms = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++")
 
@@ -295,10 +275,6 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
 
     set_timesteps = DPMSolverMultistepScheduler.set_timesteps
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._base: Tensor | None = None  # sample that the current step set out from
-
     def _stops(self, count: int | None, timesteps: Any = None) -> np.ndarray:
         stops = super()._stops(count, timesteps)
         self.order_list = self.get_order_list(len(stops))
@@ -312,16 +288,16 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
             orders[-1] = 1
         return orders
 
-    def _solve(self, output: Tensor, i: int, x: Tensor, noise: Tensor | None) -> Tensor:
+    def _solve(self, output: Tensor, i: int, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Integrates from where the step began the polynomial through its outputs (arXiv:2206.00927 algorithms 1 and 2)."""
         order = min(self.order_list[i], len(self._history) + 1)
         self._history = [self._convert(output, i, x), *self._history[: order - 1]]
-        if order == 1 or self._base is None:
-            self._base = x
+        if order == 1 or self._start is None:
+            self._start = x
         places, outputs = list(range(i, i - order, -1)), self._history
         if order == 3 and self.config["solver_type"] == "midpoint":  # the published third order uses its last slope alone
             places, outputs = places[::2], outputs[::2]
-        return self._transfer(self._base, i - order + 1, i + 1, places, outputs, noise, self._tau2)
+        return self._transfer(self._start, i - order + 1, i + 1, places, outputs, noise, self._tau2)
 
     def _form(self) -> str:
         return self.config["solver_type"] if len(self._history) == 2 else "exact"

@@ -135,17 +135,13 @@ class CosineDPMSolverMultistepScheduler(EDMDPMSolverMultistepScheduler):
         one_of("solver_type", self.config["solver_type"], "midpoint", "heun")
         self._on_denoised, self._tau2 = True, 1.0
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._noise: BrownianNoise | None = None
-
     def _times_of(self, levels: np.ndarray) -> np.ndarray:
         return np.arctan(levels) / math.pi * 2
 
-    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators, noise: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """See :class:`LogSnrScheduler`; the seeds of ``generator`` fix the run's Brownian motion, nothing is drawn from it."""
-        if self._noise is None:
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators, noise: Tensor | None = None) -> Tensor:
+        """See :class:`DPMSolverScheduler`; the seeds of ``generator`` fix the run's Brownian motion, nothing is drawn from it."""
+        if self._path is None:
             given = generator if isinstance(generator, (list, tuple)) else [generator]
             seeds = [g.initial_seed() for g in given if g is not None] or None
-            self._noise = BrownianNoise(x.to(output.dtype), self.config["sigma_min"], self.config["sigma_max"], seed=seeds)
-        return super().update(output, i, x, None, self._noise(*self._sigmas[i : i + 2]))
+            self._path = BrownianNoise(x.to(output.dtype), self.config["sigma_min"], self.config["sigma_max"], seed=seeds)
+        return super().update(output, i, x, None, self._path(*self._sigmas[i : i + 2]))

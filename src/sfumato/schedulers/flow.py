@@ -133,10 +133,6 @@ class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
     config_keys = "SHIFTS scale_factors upscale_mode"
     step = StochasticScheduler.step  # type: ignore[assignment]
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._size: torch.Size | None = None
-
     def set_scale_factors(self, scale_factors: list[float], upscale_mode: str) -> None:
         """Replaces the growth of the sample from step to step."""
         self.register_to_config(scale_factors=scale_factors, upscale_mode=upscale_mode)
@@ -147,9 +143,9 @@ class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
         """To the denoised sample, which may grow, and from there to the next level with fresh noise."""
         here, there = self._sigmas[i : i + 2]
         x0 = torch.add(x, output, alpha=-here)
-        factors, self._size = self.config["scale_factors"] or [], self._size or x.shape[2:]
+        factors, self._start = self.config["scale_factors"] or [], self._start or x.shape[2:]
         if i < len(factors):
-            size = [round(factors[i] * side) for side in self._size]
+            size = [round(factors[i] * side) for side in self._start]
             x0 = F.interpolate(x0, size=size, mode=self.config["upscale_mode"])
         return noise_like(x0, generator).mul_(there).add_(x0, alpha=1 - there)
 

@@ -21,7 +21,7 @@ class DEISMultistepScheduler(LogSnrScheduler):
     """Exponential integrator on the noise with a polynomial in log rho (arXiv:2204.13902 eq. 15), of order 1 to 3."""
 
     _on_denoised = False
-
+    update = LogSnrScheduler._solve
     config_keys = (
         "BETAS solver_order prediction_type LIMITS algorithm_type solver_type lower_order_final RAMPS FLOW SPACING"
         " use_dynamic_shifting time_shift_type"
@@ -62,10 +62,6 @@ class UniPCMultistepScheduler(LogSnrScheduler):
         self._on_denoised = self.config["predict_x0"]
         super()._build()
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._last: tuple[Tensor, int] | None = None  # sample before the last step, and the step's order
-
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, sigmas: list[float] | None = None,
         mu: float | None = None,
@@ -88,21 +84,21 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     def _even_flow(self, count: int) -> np.ndarray:
         return np.linspace(1.0, 1 / len(self), count + 1)[:-1]
 
-    def update(self, output: Tensor, i: int, x: Tensor, noise: Tensor | None = None) -> Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor) -> Tensor:
         """Corrects the sample (UniC, eq. 8) and predicts the next one (UniP, eq. 9)."""
         c = self.config
         converted = self._convert(output, i, x)
-        if self._last is not None and i - 1 not in c["disable_corrector"]:
-            start, order = self._last
+        if self._start is not None and i - 1 not in c["disable_corrector"]:
+            start, order = self._start
             places = (*range(i - 1, i - 1 - order, -1), i)
-            x = self._transfer(start, i - 1, i, places, (*self._history[:order], converted))
+            x = self._transfer(start, i - 1, i, places, (*self._history[:order], converted), None, 0.0)
         self._history = [converted, *self._history[: c["solver_order"] - 1]]
         wanted = min(c["solver_order"], self._count() - i if c["lower_order_final"] else math.inf)
         order = 1 if self._sigmas[i + 1] == 0 else min(wanted, len(self._history))
-        self._last = x, order
+        self._start = x, order
         if c["solver_p"] is not None:
             return self._predictor.step(output, self._times[i], x).prev_sample
-        return self._transfer(x, i, i + 1, range(i, i - order, -1), self._history[:order])
+        return self._transfer(x, i, i + 1, range(i, i - order, -1), self._history[:order], None, 0.0)
 
 
 class SASolverScheduler(StochasticScheduler, LogSnrScheduler):
@@ -122,10 +118,6 @@ class SASolverScheduler(StochasticScheduler, LogSnrScheduler):
         super()._build()
         self._final_sigma = self._bounds[1]
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._last: tuple[Tensor, int, float, Tensor] | None = None  # sample, order, tau**2 and noise of the last step
-
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         # noise is added at the training step itself, wherever the run is
         return super()._levels(timesteps) if self._flow else StepScheduler._levels(self, timesteps.long())  # type: ignore[arg-type]
@@ -135,16 +127,16 @@ class SASolverScheduler(StochasticScheduler, LogSnrScheduler):
         tau, t = self.config["tau_func"], self._times[i]
         return float(200 <= t <= 800) if tau is None else float(tau(t)) ** 2
 
-    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:  # type: ignore[override]
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:
         """Corrects the sample (eq. 17, Adams-Moulton) and predicts the next one (eq. 14, Adams-Bashforth)."""
         c, count, converted, noise = self.config, self._count(), self._convert(output, i, x), noise_like(output, generator)
-        if self._last is not None:
-            start, order, tau2, last_noise = self._last
+        if self._start is not None:
+            start, order, tau2, last_noise = self._start
             x = self._transfer(start, i - 1, i, range(i, i - order, -1), (converted, *self._history[: order - 1]), last_noise, tau2)
         self._history = [converted, *self._history[: max(c["predictor_order"], c["corrector_order"] - 1) - 1]]
         left = count - i if c["lower_order_final"] else count
         order, tau2 = min(c["predictor_order"], left, len(self._history)), self._strength(i)
-        self._last = x, min(c["corrector_order"], left + 1, len(self._history) + 1), tau2, noise
+        self._start = x, min(c["corrector_order"], left + 1, len(self._history) + 1), tau2, noise
         return self._transfer(x, i, i + 1, range(i, i - order, -1), self._history[:order], noise, tau2)
 
     def _form(self) -> str:
@@ -157,10 +149,6 @@ class LMSDiscreteScheduler(ExplodingScheduler):
     predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
     config_keys = "BETAS RAMPS prediction_type SPACING"
-
-    def _reset(self) -> None:
-        super()._reset()
-        self._history: list[Tensor] = []  # slopes, the latest first
 
     def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: Time, sample: Tensor, order: int = 4, return_dict: bool = True
@@ -191,10 +179,6 @@ class IPNDMScheduler(SchedulerMixin):
 
     def _build(self) -> None:
         self.set_timesteps(self.config["num_train_timesteps"])
-
-    def _reset(self) -> None:
-        super()._reset()
-        self._history: list[Tensor] = []
 
     def _stops(self, count: int) -> np.ndarray:
         trained = self.config["trained_betas"]

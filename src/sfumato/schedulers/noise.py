@@ -26,20 +26,11 @@ def one_of(key: str, value: Any, *allowed: Any) -> None:
 def beta_table(
     schedule: str, steps: int, start: float, end: float, trained: Any = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Noise variance added by each training step.
+    """Returns the noise variance that each of ``steps`` training steps adds.
 
-    Computed in float32 by default: most models were trained with these rounded tables, and ``1 - alpha_bar`` near zero shows it.
-
-    Args:
-        schedule: ``linear`` (DDPM, arXiv:2006.11239), ``scaled_linear`` (linear in the square root, latent diffusion),
-            ``squaredcos_cap_v2`` (arXiv:2102.09672 eq. 17, without ``start`` and ``end``) or ``sigmoid`` (GeoDiff).
-        steps: Number of training steps.
-        start, end: First and last beta.
-        trained: Explicit betas, which replace the schedule.
-        dtype: Of the linear schedules and of the result.
-
-    Raises:
-        ConfigError: Unknown schedule, or fewer trained betas than steps.
+    The schedules are ``linear`` (arXiv:2006.11239), ``scaled_linear`` (linear in the square root, latent diffusion),
+    ``squaredcos_cap_v2`` (arXiv:2102.09672 eq. 17, without ``start`` and ``end``) and ``sigmoid`` (GeoDiff). In float32 by default:
+    most models were trained with these rounded tables, and ``1 - alpha_bar`` near zero shows it. ``trained`` replaces the schedule.
     """
     if trained is not None:
         betas = torch.as_tensor(np.asarray(trained), dtype=torch.float32)
@@ -70,17 +61,10 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def integer_steps(spacing: str, count: int, steps: int, offset: int = 0, extra: int = 0, top: int | None = None) -> np.ndarray:
-    """Training steps at which a sampler stops, descending, before rounding (arXiv:2305.08891, table 2).
+    """Returns ``count`` of the training ``steps``, descending, to stop at, before rounding (arXiv:2305.08891, table 2).
 
-    Args:
-        spacing: ``linspace`` (both ends), ``leading`` (multiples of a whole stride, plus ``offset``) or ``trailing`` (from the
-            last step down, the stride may be fractional).
-        count, steps: Number of stops, and of training steps.
-        extra: Lays out so many stops more and leaves out the cleanest (``linspace`` and ``leading``).
-        top: Stops lie below this step (default ``steps``).
-
-    Raises:
-        ValueError: More ``leading`` stops than training steps.
+    They are ``linspace`` (both ends), ``leading`` (multiples of a whole stride, plus ``offset``) or ``trailing`` (from the last
+    down, the stride may be fractional), below ``top``. The former two lay out ``extra`` stops more and leave out the cleanest.
     """
     one_of("timestep_spacing", spacing, "linspace", "leading", "trailing")
     top = steps if top is None else top
@@ -104,15 +88,15 @@ def given_steps(timesteps: Any, steps: int) -> np.ndarray:
 def sigma_ramp(
     name: str, high: float, low: float, places: int | np.ndarray, rho: float = 7.0, dtype: torch.dtype = torch.float64
 ) -> np.ndarray:
-    """Lays sigmas from ``high`` down to ``low``, as many as ``places`` or at these places in 0..1.
+    """Returns sigmas from ``high`` down to ``low``, as many as ``places`` or at these places in 0..1, calculated in ``dtype``.
 
-    They are ``karras`` (arXiv:2206.00364 eq. 5, with ``rho``), ``exponential`` (uniform in log sigma) or ``beta`` (quantiles of
-    Beta(0.6, 0.6), arXiv:2407.12173), calculated in ``dtype``.
+    They are ``karras`` (arXiv:2206.00364 eq. 5), ``exponential`` (uniform in log sigma) or ``beta`` (quantiles of Beta(0.6, 0.6),
+    arXiv:2407.12173).
     """
+    if name == "exponential" and isinstance(places, int):
+        return torch.linspace(math.log(high), math.log(low), places, dtype=dtype).exp().numpy()
     place = torch.linspace(0, 1, places, dtype=dtype) if isinstance(places, int) else torch.as_tensor(places, dtype=dtype)
     if name == "exponential":
-        if isinstance(places, int):
-            return torch.linspace(math.log(high), math.log(low), places, dtype=dtype).exp().numpy()
         return (math.log(high) + place * (math.log(low) - math.log(high))).exp().numpy()
     if name == "karras":
         return ((high ** (1 / rho) + place * (low ** (1 / rho) - high ** (1 / rho))) ** rho).numpy()
@@ -124,9 +108,9 @@ def sigma_ramp(
 
 
 def sigmas_to_steps(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Fractional training steps whose noise levels are ``sigmas``, interpolating the ascending ``table`` in log sigma.
+    """Returns the fractional training steps with these noise levels: the ascending ``table`` is interpolated in log sigma.
 
-    The logarithm of the table is as coarse as its float32: solvers that cut the fraction off show it at the ends.
+    Its logarithm is as coarse as its float32: solvers that cut the fraction off show it at the ends.
     """
     return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(table), np.arange(len(table)))
 

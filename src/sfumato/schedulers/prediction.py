@@ -16,13 +16,11 @@ from ..errors import ConfigError
 
 
 def denoised_coefficients(kind: str, alpha: float, sigma: float) -> tuple[float, float]:
-    """Returns ``(a, b)`` with ``x0 = a * x + b * output``.
+    """Returns ``(a, b)`` with ``x0 = a * x + b * output``, where ``x = alpha * x0 + sigma * noise``.
 
     The output is ``epsilon`` (the noise), ``sample`` or ``original_sample`` (``x0``), ``flow_prediction`` (``noise - x0``,
-    arXiv:2210.02747) or ``v_prediction`` (``alpha * noise - sigma * x0`` at unit variance, arXiv:2202.00512).
-
-    Raises:
-        ConfigError: ``epsilon`` at zero signal, where the noise says nothing about ``x0``.
+    arXiv:2210.02747) or ``v_prediction`` (``alpha * noise - sigma * x0`` at unit variance, arXiv:2202.00512). ``epsilon`` at zero
+    signal, where the noise says nothing about ``x0``, is a :class:`ConfigError`.
     """
     if kind == "epsilon":
         if alpha == 0:
@@ -68,10 +66,10 @@ def blend(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
 
 
 def polynomial_weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
-    """Returns the weights of values at ``nodes`` that integrate the polynomial through them exactly.
+    """Returns the weights of values at ``nodes`` that integrate the polynomial through them exactly, given its ``moments``.
 
-    ``moments[k]`` is the integral of the ``k``-th power; there are as many as nodes. The Vandermonde system is solved by
-    Bjorck and Pereyra's algorithm (Mathematics of Computation 24, 1970), in Python numbers: there are at most five.
+    ``moments[k]`` is the integral of the ``k``-th power. The Vandermonde system is solved by Bjorck and Pereyra's algorithm
+    (Mathematics of Computation 24, 1970), in Python numbers: there are at most five.
     """
     weights, last = list(moments), len(nodes) - 1
     for k in range(last):
@@ -92,11 +90,7 @@ def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
 
 
 def split_variance(output: Tensor, channels: int, variance_type: str | None) -> tuple[Tensor, Tensor | None]:
-    """Separates the prediction from the variance that a network with learned variance appends to it in as many channels.
-
-    Raises:
-        ValueError: The channels do not fit ``variance_type``.
-    """
+    """Separates the prediction from the variance that a network with learned variance appends to it in as many channels."""
     if output.shape[1] == channels:
         return output, None
     if output.shape[1] == 2 * channels and variance_type in ("learned", "learned_range"):

@@ -31,10 +31,6 @@ class TwoStageScheduler(ExplodingScheduler):
     order: ClassVar[int] = 2
     _ends = 1  # how often the last level stands in ``sigmas``
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._start: Tensor | None = None  # what the second evaluation of a step sets out from
-
     def _set_levels(self, sigmas: np.ndarray, timesteps: np.ndarray, device: Device = None) -> None:
         times = np.empty(2 * len(timesteps) - 1)
         times[::2], times[1::2] = timesteps, self._middle_times(sigmas, timesteps)
@@ -170,10 +166,6 @@ class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
     config_keys = "BETAS prediction_type RAMPS noise_sampler_seed SPACING"
     config_defaults = {"beta_start": 0.00085, "beta_end": 0.012}
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._noise: BrownianNoise | None = None
-
     def step(
         self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True, s_noise: float = 1.0, *,
         generator: Generators = None,
@@ -185,9 +177,9 @@ class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
         self, output: Tensor, i: int, x: Tensor, factor: float, generator: Generators
     ) -> Update:
         """One evaluation, with ``factor`` times the noise."""
-        if self._noise is None:
+        if self._path is None:
             seed, ends = self.config["noise_sampler_seed"], (min(s for s in self._sigmas if s > 0), max(self._sigmas))
-            self._noise = BrownianNoise(x.to(output.dtype), *ends, seed=seed, generator=generator)
+            self._path = BrownianNoise(x.to(output.dtype), *ends, seed=seed, generator=generator)
         return super().update(output, i, x, factor)
 
     def _levels_at(self, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -206,8 +198,8 @@ class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
         return self._ancestral(start, x0, levels[0], levels[2], source)
 
     def _ancestral(self, x: Tensor, x0: Tensor, here: float, there: float, factor: float) -> Tensor:
-        assert self._noise is not None
+        assert self._path is not None
         down = there**2 / here
         # The path is as rough as its time is exact: these are the times at which released pictures were made.
         ends = [torch.tensor(level).log().exp().item() for level in (here, there)]
-        return self._renoise(torch.lerp(x0, x, down / here), down, there, self._noise(*ends), factor)
+        return self._renoise(torch.lerp(x0, x, down / here), down, there, self._path(*ends), factor)
