@@ -12,7 +12,7 @@ import enum
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -24,13 +24,15 @@ from .. import registry
 from ..config import ConfigMixin, read_json
 from ..errors import ConfigError
 from ..outputs import BaseOutput
-from ..random import Generators, randn
+from ..random import Generators
 from .keys import KEYS, document, signature
 from .noise import beta_table, integer_steps, one_of, rescale_zero_terminal_snr, shift_flow_sigmas, sigma_ramp
-from .prediction import denoised_coefficients, dynamic_threshold, mix
+from .prediction import denoised_coefficients, dynamic_threshold, mix, wide
 
 Device = str | torch.device | None
 Time = float | Tensor
+Count = int | None
+Values = Sequence[float] | None
 Update = tuple[Tensor, Tensor | None]
 """What a solver returns: the sample at the next level, and the denoised sample where it has one."""
 
@@ -81,7 +83,7 @@ class SchedulerMixin(ConfigMixin):
     order: ClassVar[int] = 1
     _output: ClassVar[Callable[..., Any]] = SchedulerOutput
     init_noise_sigma: float = 1.0
-    num_inference_steps: int | None = None
+    num_inference_steps: Count = None
     timesteps: Tensor
     step_index: int | None = None
     begin_index: int | None = None
@@ -477,20 +479,3 @@ class SigmaScheduler(LevelScheduler):
     def _signal_noise(self, sigma: float) -> tuple[float, float]:
         """Returns the factors of signal and noise at a level, variance-exploding or of a flow."""
         return 1 - sigma if self._flow else 1.0, sigma
-
-
-def one_source(**sources: object) -> None:
-    """Raises a ValueError unless exactly one of the named arguments is given."""
-    given = [name for name, value in sources.items() if value is not None]
-    if len(given) != 1:
-        raise ValueError(f"set_timesteps takes exactly one of {', '.join(sources)}; given: {', '.join(given) or 'none'}")
-
-
-def wide(sample: Tensor) -> Tensor:
-    """Returns the sample in at least float32, in which all solvers calculate."""
-    return sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
-
-
-def noise_like(sample: Tensor, generator: Generators) -> Tensor:
-    """Draws standard normal noise in the shape, the precision and the place of ``sample``."""
-    return randn(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)

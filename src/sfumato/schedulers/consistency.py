@@ -17,8 +17,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..outputs import BaseOutput
 from ..random import Generators
-from .base import Device, SigmaScheduler, StepResult, StepScheduler, StochasticScheduler, Time, Update, noise_like, one_source
-from .noise import beta_table, given_steps, one_of, sigma_ramp
+from .base import Count, Device, SigmaScheduler, StepResult, StepScheduler, StochasticScheduler, Time, Update, Values
+from .noise import beta_table, given_steps, noise_like, one_of, one_source, sigma_ramp
 from .prediction import denoised_coefficients, mix, noise_coefficients
 
 
@@ -68,8 +68,8 @@ class DistilledScheduler(StepScheduler):
                        "timestep_spacing": "leading"}  # fmt: skip
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, original_inference_steps: int | None = None,
-        timesteps: list[int] | None = None, strength: float = 1.0,
+        self, num_inference_steps: Count = None, device: Device = None, original_inference_steps: int | None = None,
+        timesteps: Values = None, strength: float = 1.0,
     ) -> None:  # fmt: skip
         """Lays out a run; see :class:`SchedulerMixin`.
 
@@ -162,9 +162,7 @@ class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
         self.init_noise_sigma = self.config["sigma_max"]
         self._lay_out(np.arange(len(self)))
 
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[int] | None = None
-    ) -> None:
+    def set_timesteps(self, num_inference_steps: Count = None, device: Device = None, timesteps: Values = None) -> None:
         """Lays out a run; ``timesteps`` are positions among the trained levels, 0 the noisiest. See :class:`SchedulerMixin`."""
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
         total = len(self)
@@ -222,7 +220,7 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler):
         self._alpha_bar = (1 - beta_table("squaredcos_cap_v2", len(self), 0, 0)).cumprod(0).tolist()
         self.init_noise_sigma = math.sqrt(1 - self._alpha_bar[1008])
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:
+    def set_timesteps(self, num_inference_steps: Count = None, device: Device = None) -> None:
         """Lays out the run of two steps; another number is a ValueError."""
         if num_inference_steps != 2:
             raise ValueError(f"num_inference_steps={num_inference_steps}, expected 2: the decoder was trained for these")
@@ -267,7 +265,7 @@ class SCMScheduler(ConsistencyScheduler):
         self._set_schedule(np.arange(len(self))[::-1])
 
     def set_timesteps(  # type: ignore[override]
-        self, num_inference_steps: int, timesteps: list[float] | Tensor | None = None, device: Device = None,
+        self, num_inference_steps: int, timesteps: Values | Tensor = None, device: Device = None,
         max_timesteps: float | None = 1.57080, intermediate_timesteps: float | None = 1.3,
     ) -> None:  # fmt: skip
         """Lays out a run from ``max_timesteps`` (at most pi / 2) to 0.

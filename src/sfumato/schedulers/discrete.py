@@ -14,18 +14,15 @@ import torch
 from torch import Tensor
 
 from ..random import Generators
-from .base import Device, LevelScheduler, StepResult, StepScheduler, StochasticScheduler, Time, Update, noise_like, one_source, wide
-from .noise import given_steps, one_of
-from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance
+from .base import Count, Device, LevelScheduler, StepResult, StepScheduler, StochasticScheduler, Time, Update, Values
+from .noise import given_steps, noise_like, one_of, one_source
+from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance, wide
 
 
 class DDPMScheduler(StochasticScheduler, StepScheduler):
     """Ancestral sampling from the posterior of the forward process (arXiv:2006.11239)."""
 
-    config_keys = (
-        "BETAS variance_type clip_sample prediction_type thresholding dynamic_thresholding_ratio clip_sample_range"
-        " sample_max_value SPACING rescale_betas_zero_snr"
-    )
+    config_keys = "BETAS variance_type clip_sample prediction_type BOUNDS SPACING rescale_betas_zero_snr"
     config_defaults = {"variance_type": "fixed_small", "timestep_spacing": "leading"}
 
     def _build(self) -> None:
@@ -33,9 +30,7 @@ class DDPMScheduler(StochasticScheduler, StepScheduler):
         one_of("variance_type", self.config["variance_type"], *fixed, "learned", "learned_range", None)
         super()._build()
 
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[int] | None = None
-    ) -> None:
+    def set_timesteps(self, num_inference_steps: Count = None, device: Device = None, timesteps: Values = None) -> None:
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
         given = timesteps is not None
         stops = given_steps(timesteps, len(self)) if given else self._stops(self._check_count(num_inference_steps))
@@ -86,10 +81,7 @@ class DDPMScheduler(StochasticScheduler, StepScheduler):
 class DDIMScheduler(StepScheduler):
     """Deterministic sampling on training steps, stochastic with ``eta > 0`` (arXiv:2010.02502)."""
 
-    config_keys = (
-        "BETAS clip_sample set_alpha_to_one steps_offset prediction_type thresholding dynamic_thresholding_ratio"
-        " clip_sample_range sample_max_value timestep_spacing rescale_betas_zero_snr"
-    )
+    config_keys = "BETAS ENDS prediction_type BOUNDS timestep_spacing rescale_betas_zero_snr"
     config_defaults = {"timestep_spacing": "leading"}
 
     def step(  # type: ignore[override]

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..random import Generators
-from .base import Device, SigmaScheduler, StepResult, StochasticScheduler, Time, noise_like, one_source
-from .noise import integer_steps, one_of, sigma_ramp, sigmas_to_steps
+from .base import Count, Device, SigmaScheduler, StepResult, StochasticScheduler, Time, Values
+from .noise import integer_steps, noise_like, one_of, one_source, sigma_ramp, sigmas_to_steps
 from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance
 
 
@@ -62,7 +62,7 @@ class LogSnrScheduler(SigmaScheduler):
         alpha, sigma = self._signal_noise(self._sigmas[i])
         return math.log(alpha) - math.log(sigma) if sigma > 0 else math.inf
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:
+    def set_timesteps(self, num_inference_steps: Count = None, device: Device = None) -> None:
         self._lay_out(device, num_inference_steps)
 
     def _lay_out(
@@ -209,15 +209,11 @@ class DPMSolverScheduler(StochasticScheduler, LogSnrScheduler):
 class DPMSolverMultistepScheduler(DPMSolverScheduler):
     """Multistep DPM-Solver and DPM-Solver++, as ODE or SDE, of order 1 to 3."""
 
-    config_keys = (
-        "BETAS solver_order prediction_type LIMITS algorithm_type solver_type lower_order_final euler_at_final RAMPS"
-        " use_lu_lambdas FLOW final_sigmas_type lambda_min_clipped variance_type SPACING rescale_betas_zero_snr"
-        " use_dynamic_shifting time_shift_type"
-    )
+    config_keys = "MULTISTEP euler_at_final RAMPS use_lu_lambdas FLOW final_sigmas_type CUT SPACING rescale_betas_zero_snr DYNAMIC"
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, mu: float | None = None,
-        timesteps: list[int] | None = None, *, sigmas: list[float] | None = None,
+        self, num_inference_steps: Count = None, device: Device = None, mu: float | None = None, timesteps: Values = None, *,
+        sigmas: Values = None,
     ) -> None:  # fmt: skip
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         self._lay_out(device, num_inference_steps, timesteps, sigmas, mu)
@@ -234,10 +230,7 @@ class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
 
     _algorithms = ("dpmsolver++", "dpmsolver")
 
-    config_keys = (
-        "BETAS solver_order prediction_type LIMITS algorithm_type solver_type lower_order_final euler_at_final RAMPS"
-        " FLOW lambda_min_clipped variance_type SPACING"
-    )
+    config_keys = "MULTISTEP euler_at_final RAMPS FLOW CUT SPACING"
 
     set_timesteps = LogSnrScheduler.set_timesteps  # type: ignore[assignment]
 
@@ -263,10 +256,7 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
 
     _algorithms = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++")
 
-    config_keys = (
-        "BETAS solver_order prediction_type LIMITS algorithm_type solver_type lower_order_final RAMPS FLOW"
-        " final_sigmas_type lambda_min_clipped variance_type use_dynamic_shifting time_shift_type"
-    )
+    config_keys = "MULTISTEP RAMPS FLOW final_sigmas_type CUT DYNAMIC"
     config_defaults = {"lower_order_final": False}
 
     def _build(self) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..random import Generators
-from .base import Device, LevelScheduler, SigmaScheduler, StepResult, Time, Update, one_source
+from .base import Count, Device, LevelScheduler, SigmaScheduler, StepResult, Time, Update, Values
 from .brownian import BrownianNoise
 from .dpm import DPMSolverScheduler
 from .euler import Churn, EulerDiscreteScheduler
-from .noise import one_of, sigma_ramp
+from .noise import one_of, one_source, sigma_ramp
 
 
 class EDMScheduler(SigmaScheduler):
@@ -66,9 +66,7 @@ class EDMEulerScheduler(EDMScheduler, EulerDiscreteScheduler):
     config_keys = "EDM prediction_type rho final_sigmas_type"
     config_defaults = {"sigma_min": 0.002, "sigma_max": 80.0}
 
-    def set_timesteps(  # type: ignore[override]
-        self, num_inference_steps: int | None = None, device: Device = None, sigmas: Tensor | list[float] | None = None
-    ) -> None:
+    def set_timesteps(self, num_inference_steps: Count = None, device: Device = None, sigmas: Tensor | Values = None) -> None:  # type: ignore[override]
         """Lays out a run; ``sigmas`` are places in the spacing, from 0 (``sigma_max``) to 1 (``sigma_min``)."""
         if sigmas is None or num_inference_steps is None:
             one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
@@ -86,9 +84,7 @@ class EDMEulerScheduler(EDMScheduler, EulerDiscreteScheduler):
         churn = s_churn, s_tmin, s_tmax, s_noise
         return self._advance(model_output, timestep, sample, return_dict, churn, generator, pred_original_sample)
 
-    def update(  # type: ignore[override]
-        self, output: Tensor, i: int, x: Tensor, churn: Churn, generator: Generators, x0: Tensor | None
-    ) -> Update:
+    def update(self, output: Tensor, i: int, x: Tensor, churn: Churn, generator: Generators, x0: Tensor | None) -> Update:  # type: ignore[override]
         """See :class:`EulerDiscreteScheduler`."""
         if x0 is None:
             return super().update(output, i, x, churn, generator)
@@ -102,9 +98,7 @@ class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverScheduler):
     _precision = torch.float32
     _algorithms = ("dpmsolver++", "sde-dpmsolver++")
 
-    config_keys = (
-        "EDM prediction_type rho solver_order LIMITS algorithm_type solver_type lower_order_final euler_at_final final_sigmas_type"
-    )
+    config_keys = "EDM prediction_type rho solver_order LIMITS SOLVER euler_at_final final_sigmas_type"
     config_defaults = {"sigma_min": 0.002, "sigma_max": 80.0}
 
     def _build(self) -> None:
@@ -116,7 +110,7 @@ class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverScheduler):
         super()._read_solver()
         one_of("solver_order", self.config["solver_order"], *((1, 2) if self._tau2 else (1, 2, 3)))
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:
+    def set_timesteps(self, num_inference_steps: Count = None, device: Device = None) -> None:
         self._lay_levels(device, num_inference_steps)
 
     def _signal_noise(self, sigma: float) -> tuple[float, float]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..random import Generators, randn
-from .base import Device, SigmaScheduler, StepResult, StochasticScheduler, Time, Update, noise_like, one_source
-from .noise import integer_steps, shift_flow_sigmas, sigma_ramp, sigmas_to_steps
+from .base import Count, Device, SigmaScheduler, StepResult, StochasticScheduler, Time, Update, Values
+from .noise import integer_steps, noise_like, one_source, shift_flow_sigmas, sigma_ramp, sigmas_to_steps
 
 Churn = tuple[float, float, float, float]
 """Noise added per run, between which levels, and its factor."""
@@ -79,9 +79,8 @@ class ExplodingScheduler(SigmaScheduler):
         return torch.add(x, output, alpha=there - here) if self._direct else torch.lerp(x0, x, there / here)
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, *, sigmas: list[float] | None = None,
-        mu: float | None = None,
-    ) -> None:  # fmt: skip
+        self, num_inference_steps: Count = None, device: Device = None, *, sigmas: Values = None, mu: float | None = None
+    ) -> None:
         one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
         self._lay_out(device, num_inference_steps, None, sigmas, mu)
 
@@ -155,8 +154,8 @@ class EulerDiscreteScheduler(ExplodingScheduler):
             self._set_levels(np.append(self._table[::-1], 0.0), np.log(self._table[::-1]) / 4)
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[float] | None = None,
-        sigmas: list[float] | None = None, *, mu: float | None = None,
+        self, num_inference_steps: Count = None, device: Device = None, timesteps: Values = None, sigmas: Values = None, *,
+        mu: float | None = None,
     ) -> None:  # fmt: skip
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         if timesteps is not None and (self._ramp or self._continuous):

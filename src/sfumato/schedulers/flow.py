@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..random import Generators
-from .base import Device, StepResult, StochasticScheduler, Time, Update, noise_like
+from .base import Count, Device, StepResult, StochasticScheduler, Time, Update, Values
 from .euler import ExplodingScheduler
+from .noise import noise_like
 from .two_stage import HeunDiscreteScheduler
 
 
@@ -61,8 +62,8 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
     config_keys = "SHIFTS stochastic_sampling"
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, sigmas: list[float] | None = None,
-        mu: float | None = None, timesteps: list[float] | None = None,
+        self, num_inference_steps: Count = None, device: Device = None, sigmas: Values = None, mu: float | None = None,
+        timesteps: Values = None,
     ) -> None:  # fmt: skip
         """Lays out a run of so many steps, or of given levels (without the one to end at), ``timesteps`` or both.
 
@@ -137,9 +138,7 @@ class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
         """Replaces the growth of the sample from step to step."""
         self.register_to_config(scale_factors=scale_factors, upscale_mode=upscale_mode)
 
-    def update(  # type: ignore[override]
-        self, output: Tensor, i: int, x: Tensor, generator: Generators
-    ) -> Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:  # type: ignore[override]
         """To the denoised sample, which may grow, and from there to the next level with fresh noise."""
         here, there = self._sigmas[i : i + 2]
         x0 = torch.add(x, output, alpha=-here)
@@ -157,8 +156,8 @@ class LTXEulerAncestralRFScheduler(StochasticScheduler, FlowScheduler):
     config_defaults = {"eta": 1.0}
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, sigmas: list[float] | Tensor | None = None,
-        timesteps: list[float] | Tensor | None = None, mu: float | None = None, **kwargs: Any,
+        self, num_inference_steps: Count = None, device: Device = None, sigmas: Values | Tensor = None,
+        timesteps: Values | Tensor = None, mu: float | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         """Lays out a run of so many steps, or of given levels, or ``timesteps`` that are levels, with the one to end at.
 

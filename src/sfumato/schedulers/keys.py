@@ -110,6 +110,13 @@ GROUPS = {
     "SPACING": "timestep_spacing steps_offset",
     "SHIFTS": "num_train_timesteps shift use_dynamic_shifting base_shift max_shift base_image_seq_len max_image_seq_len"
     " invert_sigmas shift_terminal use_karras_sigmas use_exponential_sigmas use_beta_sigmas time_shift_type",
+    "MULTISTEP": "BETAS solver_order prediction_type LIMITS SOLVER",
+    "SOLVER": "algorithm_type solver_type lower_order_final",
+    "DYNAMIC": "use_dynamic_shifting time_shift_type",
+    "ENDS": "clip_sample set_alpha_to_one steps_offset",
+    "BOUNDS": "thresholding dynamic_thresholding_ratio clip_sample_range sample_max_value",
+    "ADAMS": "predictor_order corrector_order",
+    "CUT": "lambda_min_clipped variance_type",
     "EDM": "sigma_min sigma_max sigma_data sigma_schedule num_train_timesteps",
 }
 """Keys that several classes take one after the other."""
@@ -118,8 +125,9 @@ GROUPS = {
 def signature(names: str, defaults: Mapping[str, Any]) -> inspect.Signature:
     """Builds a constructor's signature from names of keys and groups, and the defaults that differ from the catalogue's."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    words = " ".join(GROUPS.get(word, word) for word in names.split()).split()
-    keys = [inspect.Parameter(word, kind, default=defaults.get(word, KEYS[word].default)) for word in words]
+    while names != (names := " ".join(GROUPS.get(word, word) for word in names.split())):
+        pass  # groups are made of groups, too
+    keys = [inspect.Parameter(word, kind, default=defaults.get(word, KEYS[word].default)) for word in names.split()]
     return inspect.Signature([inspect.Parameter("self", kind), *keys])
 
 

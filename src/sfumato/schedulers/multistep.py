@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..random import Generators
-from .base import Device, SchedulerMixin, StepResult, StepScheduler, StochasticScheduler, Time, Update, noise_like, one_source
+from .base import Count, Device, SchedulerMixin, StepResult, StepScheduler, StochasticScheduler, Time, Update, Values
 from .dpm import LogSnrScheduler
 from .euler import ExplodingScheduler
-from .noise import one_of
+from .noise import noise_like, one_of, one_source
 from .prediction import blend, polynomial_weights
 
 
@@ -22,10 +22,7 @@ class DEISMultistepScheduler(LogSnrScheduler):
 
     _on_denoised = False
     update = LogSnrScheduler._solve
-    config_keys = (
-        "BETAS solver_order prediction_type LIMITS algorithm_type solver_type lower_order_final RAMPS FLOW SPACING"
-        " use_dynamic_shifting time_shift_type"
-    )
+    config_keys = "MULTISTEP RAMPS FLOW SPACING DYNAMIC"
     config_defaults = {"algorithm_type": "deis", "solver_type": "logrho"}
 
     def _build(self) -> None:
@@ -36,9 +33,8 @@ class DEISMultistepScheduler(LogSnrScheduler):
         self._final_sigma = self._bounds[1]
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, mu: float | None = None, *,
-        sigmas: list[float] | None = None,
-    ) -> None:  # fmt: skip
+        self, num_inference_steps: Count = None, device: Device = None, mu: float | None = None, *, sigmas: Values = None
+    ) -> None:
         one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
         self._lay_out(device, num_inference_steps, None, sigmas, mu)
 
@@ -63,9 +59,8 @@ class UniPCMultistepScheduler(LogSnrScheduler):
         super()._build()
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, sigmas: list[float] | None = None,
-        mu: float | None = None,
-    ) -> None:  # fmt: skip
+        self, num_inference_steps: Count = None, device: Device = None, sigmas: Values = None, mu: float | None = None
+    ) -> None:
         if sigmas is None or num_inference_steps is None:
             one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
         self._lay_out(device, num_inference_steps, None, sigmas, mu)
@@ -104,10 +99,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
 class SASolverScheduler(StochasticScheduler, LogSnrScheduler):
     """Stochastic Adams predictor-corrector with noise of adjustable strength tau (arXiv:2309.05019)."""
 
-    config_keys = (
-        "BETAS predictor_order corrector_order prediction_type tau_func LIMITS algorithm_type lower_order_final RAMPS"
-        " FLOW lambda_min_clipped variance_type SPACING"
-    )
+    config_keys = "BETAS ADAMS prediction_type tau_func LIMITS algorithm_type lower_order_final RAMPS FLOW CUT SPACING"
     config_defaults = {"algorithm_type": "data_prediction"}
 
     def _build(self) -> None:
@@ -150,9 +142,7 @@ class LMSDiscreteScheduler(ExplodingScheduler):
 
     config_keys = "BETAS RAMPS prediction_type SPACING"
 
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, order: int = 4, return_dict: bool = True
-    ) -> StepResult:
+    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, order: int = 4, return_dict: bool = True) -> StepResult:  # type: ignore[override]
         """Goes one step towards the clean sample with the slopes of up to ``order`` levels; see :class:`SchedulerMixin`."""
         return self._advance(model_output, timestep, sample, return_dict, order)
 

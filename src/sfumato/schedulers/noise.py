@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
+from ..random import Generators, randn
 
 
 def one_of(key: str, value: Any, *allowed: Any) -> None:
@@ -21,6 +22,18 @@ def one_of(key: str, value: Any, *allowed: Any) -> None:
     if value not in allowed:
         hint = did_you_mean(str(value), [str(a) for a in allowed])
         raise ConfigError(f"{key}={value!r} is not known{hint}; choose one of {', '.join(map(repr, allowed))}")
+
+
+def one_source(**sources: object) -> None:
+    """Raises a ValueError unless exactly one of the named arguments is given."""
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"set_timesteps takes exactly one of {', '.join(sources)}; given: {', '.join(given) or 'none'}")
+
+
+def noise_like(sample: Tensor, generator: Generators) -> Tensor:
+    """Draws standard normal noise in the shape, the precision and the place of ``sample``."""
+    return randn(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
 
 
 def beta_table(

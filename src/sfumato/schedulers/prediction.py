@@ -97,3 +97,8 @@ def split_variance(output: Tensor, channels: int, variance_type: str | None) -> 
         return output[:, :channels], output[:, channels:]
     found = f"model_output has {output.shape[1]} channels for a sample of {channels} with variance_type={variance_type!r}"
     raise ValueError(f"{found}; if half of them are a variance, set variance_type='learned_range' or cut model_output in half")
+
+
+def wide(sample: Tensor) -> Tensor:
+    """Returns the sample in at least float32, in which all solvers calculate."""
+    return sample if sample.dtype in (torch.float32, torch.float64) else sample.float()

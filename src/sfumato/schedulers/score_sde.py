@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..outputs import BaseOutput
 from ..random import Generators, randn
-from .base import Device, SchedulerMixin, SchedulerOutput, StepResult, Time, noise_like
+from .base import Device, SchedulerMixin, SchedulerOutput, StepResult, Time
+from .noise import noise_like
 
 
 @dataclass
@@ -103,9 +104,7 @@ class ScoreSdeVeScheduler(SchedulerMixin):
         self.init_noise_sigma = self.config["sigma_max"]
         self.set_sigmas(len(self))
 
-    def set_timesteps(  # type: ignore[override]
-        self, num_inference_steps: int, sampling_eps: float | None = None, device: Device = None
-    ) -> None:
+    def set_timesteps(self, num_inference_steps: int, sampling_eps: float | None = None, device: Device = None) -> None:  # type: ignore[override]
         """Lays out times from 1 to ``sampling_eps``; ``set_sigmas`` follows."""
         end = self.config["sampling_eps"] if sampling_eps is None else sampling_eps
         self.num_inference_steps = count = self._check_count(num_inference_steps)

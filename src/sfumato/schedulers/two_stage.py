@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..random import Generators
-from .base import Device, StepResult, StochasticScheduler, Time, Update, noise_like, one_source
+from .base import Count, Device, StepResult, StochasticScheduler, Time, Update, Values
 from .brownian import BrownianNoise
 from .euler import ExplodingScheduler
+from .noise import noise_like, one_source
 from .prediction import blend
 
 Levels = tuple[float, float, float]
@@ -89,8 +90,8 @@ class HeunDiscreteScheduler(TwoStageScheduler):
     config_defaults = {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, num_train_timesteps: int | None = None,
-        timesteps: list[int] | None = None, *, sigmas: list[float] | None = None, mu: float | None = None,
+        self, num_inference_steps: Count = None, device: Device = None, num_train_timesteps: int | None = None,
+        timesteps: Values = None, *, sigmas: Values = None, mu: float | None = None,
     ) -> None:  # fmt: skip
         """Lays out a run; ``num_train_timesteps`` overrides the configuration's. See :class:`SchedulerMixin`."""
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
@@ -118,8 +119,8 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
     config_defaults = {"beta_start": 0.00085, "beta_end": 0.012}
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, num_train_timesteps: int | None = None, *,
-        sigmas: list[float] | None = None, mu: float | None = None,
+        self, num_inference_steps: Count = None, device: Device = None, num_train_timesteps: int | None = None, *,
+        sigmas: Values = None, mu: float | None = None,
     ) -> None:  # fmt: skip
         one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
         self._lay_out(device, num_inference_steps, None, sigmas, mu, num_train_timesteps)
@@ -173,9 +174,7 @@ class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
         """Goes one evaluation further, with ``s_noise`` times the noise; ``generator`` seeds it in the run's first step."""
         return self._advance(model_output, timestep, sample, return_dict, s_noise, generator)
 
-    def update(  # type: ignore[override]
-        self, output: Tensor, i: int, x: Tensor, factor: float, generator: Generators
-    ) -> Update:
+    def update(self, output: Tensor, i: int, x: Tensor, factor: float, generator: Generators) -> Update:  # type: ignore[override]
         """One evaluation, with ``factor`` times the noise."""
         if self._path is None:
             seed, ends = self.config["noise_sampler_seed"], (min(s for s in self._sigmas if s > 0), max(self._sigmas))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..random import Generators
-from .base import Device, LevelScheduler, StepResult, StepScheduler, StochasticScheduler, Time, Update, noise_like, one_source, wide
+from .base import Count, Device, LevelScheduler, StepResult, StepScheduler, StochasticScheduler, Time, Update, Values
 from .discrete import DDIMScheduler, DDPMScheduler
-from .noise import beta_table, one_of, zero_terminal_snr
-from .prediction import mix
+from .noise import beta_table, noise_like, one_of, one_source, zero_terminal_snr
+from .prediction import mix, wide
 
 
 def _each(solve: Callable[..., Tensor], output: Tensor, timesteps: Tensor, x: Tensor) -> Tensor:
@@ -62,9 +62,7 @@ class DDIMParallelScheduler(DDIMScheduler):
 class DDIMInverseScheduler(DDIMScheduler):
     """DDIM from the clean sample to the noise that would give it (arXiv:2010.02502 section 4.3); ``timesteps`` ascend."""
 
-    config_keys = (
-        "BETAS clip_sample set_alpha_to_one steps_offset prediction_type clip_sample_range timestep_spacing rescale_betas_zero_snr"
-    )
+    config_keys = "BETAS ENDS prediction_type clip_sample_range timestep_spacing rescale_betas_zero_snr"
     config_defaults = {"timestep_spacing": "leading"}
 
     def _build(self) -> None:
@@ -123,9 +121,7 @@ class RePaintScheduler(DDIMScheduler):
         """
         return self._advance(model_output, timestep, sample, return_dict, original_image, mask, generator)
 
-    def update(  # type: ignore[override]
-        self, output: Tensor, t: int, x: Tensor, picture: Tensor, mask: Tensor, generator: Generators
-    ) -> Update:
+    def update(self, output: Tensor, t: int, x: Tensor, picture: Tensor, mask: Tensor, generator: Generators) -> Update:  # type: ignore[override]
         """Eqs. 8b (DDIM's step) outside the known region and 8a within, put together by eq. 8c."""
         noise, eta, previous = noise_like(output, generator), self.config["eta"], self._move(t)[1]
         unknown, x0 = super().update(output, t, x, eta, False, noise if eta > 0 else None)
@@ -184,9 +180,7 @@ class DDPMWuerstchenScheduler(StochasticScheduler, LevelScheduler):
     config_keys = "scaler s"
     _time_type = torch.float32
 
-    def set_timesteps(  # type: ignore[override]
-        self, num_inference_steps: int | None = None, timesteps: list[float] | Tensor | None = None, device: Device = None
-    ) -> None:
+    def set_timesteps(self, num_inference_steps: Count = None, timesteps: Values | Tensor = None, device: Device = None) -> None:  # type: ignore[override]
         """Lays out a run; the last of given times, in 1..0, is where it ends. See :class:`SchedulerMixin`."""
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
         given = timesteps is not None
@@ -271,9 +265,7 @@ class CogVideoXDPMScheduler(CogVideoXDDIMScheduler):
         last, back = old_pred_original_sample, None if timestep_back is None else self._training_step(timestep_back)
         return self._advance(model_output, timestep, sample, return_dict, last, back, generator)
 
-    def update(  # type: ignore[override]
-        self, output: Tensor, t: int, x: Tensor, last: Tensor | None, back: int | None, generator: Generators
-    ) -> Update:
+    def update(self, output: Tensor, t: int, x: Tensor, last: Tensor | None, back: int | None, generator: Generators) -> Update:  # type: ignore[override]
         """Eq. 18 of arXiv:2211.01095 (appendix A), from the second step on with the extrapolated denoised sample."""
         alpha_bar, previous = self._move(t)
         x0 = slope = self._denoise(output, x, *self._signal_noise(t))
