@@ -23,16 +23,15 @@ _MODULES: dict[str, str] = {
     "models.text_encoders.clip": "CLIPTextModel",
     "models.safety_checker": "StableDiffusionSafetyChecker",
     "schedulers.base": "Scheduler SchedulerMixin SchedulerOutput KarrasDiffusionSchedulers",
-    "schedulers.discrete": "DDPMScheduler DDIMScheduler PNDMScheduler",
-    "schedulers.euler": "EulerDiscreteScheduler EulerAncestralDiscreteScheduler",
-    "schedulers.two_stage": "HeunDiscreteScheduler KDPM2DiscreteScheduler KDPM2AncestralDiscreteScheduler DPMSolverSDEScheduler",
+    "schedulers.discrete": "DDPMScheduler DDIMScheduler PNDMScheduler DDPMParallelScheduler DDIMParallelScheduler"
+    " DDIMInverseScheduler RePaintScheduler UnCLIPScheduler DDPMWuerstchenScheduler CogVideoXDDIMScheduler CogVideoXDPMScheduler",
+    "schedulers.euler": "EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler KDPM2DiscreteScheduler"
+    " KDPM2AncestralDiscreteScheduler DPMSolverSDEScheduler",
     "schedulers.dpm": "DPMSolverMultistepScheduler DPMSolverMultistepInverseScheduler DPMSolverSinglestepScheduler",
     "schedulers.multistep": "DEISMultistepScheduler UniPCMultistepScheduler SASolverScheduler LMSDiscreteScheduler IPNDMScheduler",
     "schedulers.edm": "EDMEulerScheduler EDMDPMSolverMultistepScheduler CosineDPMSolverMultistepScheduler",
     "schedulers.flow": "FlowMatchEulerDiscreteScheduler FlowMatchHeunDiscreteScheduler FlowMatchLCMScheduler"
     " LTXEulerAncestralRFScheduler",
-    "schedulers.variants": "DDPMParallelScheduler DDIMParallelScheduler DDIMInverseScheduler RePaintScheduler UnCLIPScheduler"
-    " DDPMWuerstchenScheduler CogVideoXDDIMScheduler CogVideoXDPMScheduler",
     "schedulers.consistency": "LCMScheduler TCDScheduler CMStochasticIterativeScheduler ConsistencyDecoderScheduler SCMScheduler"
     " LCMSchedulerOutput TCDSchedulerOutput",
     "schedulers.score_sde": "KarrasVeScheduler ScoreSdeVeScheduler ScoreSdeVpScheduler KarrasVeOutput SdeVeOutput",

@@ -80,6 +80,7 @@ class SchedulerMixin(ConfigMixin):
     config_name = "scheduler_config.json"
     config_keys: ClassVar[str]  # names of keys and groups of the catalogue, see keys.py
     config_defaults: ClassVar[Mapping[str, Any]] = {}  # where they differ from the catalogue's
+    config_choices: ClassVar[Mapping[str, tuple]] = {}  # of values, where they differ from the catalogue's
     order: ClassVar[int] = 1
     _output: ClassVar[Callable[..., Any]] = SchedulerOutput
     init_noise_sigma: float = 1.0
@@ -101,8 +102,9 @@ class SchedulerMixin(ConfigMixin):
             taken = signature(cls.config_keys, cls.__dict__.get("config_defaults", {}))
 
             def __init__(self: SchedulerMixin, *args: Any, **kwargs: Any) -> None:
-                for name in [name for name in taken.parameters if name in KEYS and KEYS[name].choices]:
-                    one_of(name, self.config[name], *KEYS[name].choices)
+                for name in list(taken.parameters)[1:]:
+                    if choices := self.config_choices.get(name, KEYS[name].choices):
+                        one_of(name, self.config[name], *choices)
                 self._build()
 
             __init__.__signature__ = taken  # type: ignore[attr-defined]
@@ -165,7 +167,7 @@ class SchedulerMixin(ConfigMixin):
         return plot(self)
 
     def fresh(self: _S) -> _S:
-        """Returns an independent copy with the same schedule and no run state (index, history). Tables are shared."""
+        """Returns a copy with the same schedule and no run state (index, history), which shares all tables."""
         twin = copy.copy(self)
         twin._reset()
         return twin
@@ -435,6 +437,11 @@ class SigmaScheduler(LevelScheduler):
 
     def _sigmas_at(self, stops: np.ndarray) -> np.ndarray:
         return np.interp(stops, np.arange(len(self._table)), self._table)
+
+    def _ramp_levels(self, name: str, high: float, low: float, count: int) -> np.ndarray:
+        """Returns levels spaced between the configuration's ends, where it has any, else these."""
+        ends = self._own("sigma_max", None), self._own("sigma_min", None)
+        return sigma_ramp(name, high if ends[0] is None else ends[0], low if ends[1] is None else ends[1], count)
 
     def _flow_levels(
         self, count: int | None, timesteps: Any = None, sigmas: Any = None, mu: float | None = None

@@ -12,18 +12,15 @@ from ..random import Generators
 
 
 class BrownianNoise:
-    """Standard normal noise from one Brownian motion over an interval of noise levels.
+    """Standard normal noise from one Brownian motion over an interval of noise levels: torchsde's tree (arXiv:2105.13493).
 
-    The motion is torchsde's Brownian tree (arXiv:2105.13493): a seed fixes the whole path, and each call reads an increment.
+    A seed fixes the whole path, and each call reads an increment.
 
     Args:
         like: Sample ``(B, ...)`` whose shape, device and precision the noise gets.
         low, high: Smallest and largest level.
         seed: Of the whole batch, or one per sample.
         generator: Draws the seed where there is none: one, or one per sample; ``None`` for fresh entropy.
-
-    Raises:
-        ImportError: torchsde is not installed.
     """
 
     def __init__(

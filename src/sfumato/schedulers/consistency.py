@@ -1,7 +1,6 @@
 """Consistency models: a network that jumps to the clean sample, and steps that jump there and come part of the way back.
 
-Multistep sampling (arXiv:2303.01469 algorithm 1) is the same for all: ``x0 = c_skip * x + c_out * output``, then noise up to the
-next level. The classes differ in their levels and in the boundary condition that makes ``x0 = x`` where there is no noise.
+The classes differ in their levels and in the boundary condition that makes ``x0 = x`` where there is no noise.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from ..errors import ConfigError
 from ..outputs import BaseOutput
 from ..random import Generators
 from .base import Count, Device, SigmaScheduler, StepResult, StepScheduler, StochasticScheduler, Time, Update, Values
-from .noise import beta_table, given_steps, noise_like, one_of, one_source, sigma_ramp
+from .noise import beta_table, given_steps, noise_like, one_source, sigma_ramp
 from .prediction import denoised_coefficients, mix, noise_coefficients
 
 
 @dataclass
 class LCMSchedulerOutput(BaseOutput):
-    """Result of a step: the next sample ``prev_sample``, and the clean one, ``denoised``, both in the sample's shape."""
+    """Result of a step: the next sample ``prev_sample``, and the clean one, ``denoised``."""
 
     prev_sample: Tensor
     denoised: Tensor | None = None
@@ -71,12 +70,7 @@ class DistilledScheduler(StepScheduler):
         self, num_inference_steps: Count = None, device: Device = None, original_inference_steps: int | None = None,
         timesteps: Values = None, strength: float = 1.0,
     ) -> None:  # fmt: skip
-        """Lays out a run; see :class:`SchedulerMixin`.
-
-        Args:
-            original_inference_steps: Overrides the configuration's.
-            strength: Share of the schedule to run, from its clean end.
-        """
+        """Lays out a run: ``strength`` is the share of it to keep; ``original_inference_steps`` overrides the configuration's."""
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
         total = len(self)
         if timesteps is not None:
@@ -128,11 +122,7 @@ class TCDScheduler(DistilledScheduler):
         self, model_output: Tensor, timestep: Time, sample: Tensor, eta: float = 0.3, generator: Generators = None,
         return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
-        """Goes one step towards the clean sample; see :class:`SchedulerMixin`.
-
-        Args:
-            eta: Share of fresh noise, gamma in the paper, 0 (deterministic) to 1 (as LCM).
-        """
+        """Goes one step; ``eta``, gamma in the paper, is the share of fresh noise, 0..1 (as LCM). See :class:`SchedulerMixin`."""
         self._count()
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta}, expected 0 (no fresh noise) to 1 (all noise fresh)")
@@ -186,7 +176,6 @@ class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
         return 250 * np.log(np.asarray(sigmas) + 1e-44)
 
     def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
-        """Brings the sample at this timestep to unit variance."""
         sigma = self._sigmas[self._position(timestep)]
         return sample * (1 / math.sqrt(sigma**2 + self.config["sigma_data"] ** 2))
 
@@ -197,13 +186,11 @@ class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
 
     def _jump(self, output: Tensor, i: int, x: Tensor) -> Tensor:
         """The consistency function (eq. 5)."""
-        skip, out = self.get_scalings_for_boundary_condition(self._sigmas[i])
-        x0 = mix((skip, out), x, output)
+        x0 = mix(self.get_scalings_for_boundary_condition(self._sigmas[i]), x, output)
         return x0.clamp_(-1, 1) if self.config["clip_denoised"] else x0
 
     def _next_level(self, i: int) -> tuple[float, float] | None:
-        low = self.config["sigma_min"]
-        fresh = math.sqrt(max(self._sigmas[i + 1] ** 2 - low**2, 0.0))
+        fresh = math.sqrt(max(self._sigmas[i + 1] ** 2 - self.config["sigma_min"] ** 2, 0.0))
         return (1.0, self.config["s_noise"] * fresh) if len(self._times) > 1 else None
 
 
@@ -239,7 +226,6 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler):
         return signal, sigma, math.sqrt(sigma**2 + self.config["sigma_data"] ** 2)
 
     def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
-        """Brings the sample at this timestep to unit variance."""
         signal, _, deviation = self._deviation(timestep)
         return sample * (1 / (signal * deviation))
 
@@ -250,8 +236,7 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler):
         return mix(((data / deviation) ** 2 / signal, data * sigma / deviation), x, output)
 
     def _next_level(self, i: int) -> tuple[float, float] | None:
-        alpha_bar = self._alpha_bar[512]
-        return None if i else (math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
+        return None if i else (math.sqrt(self._alpha_bar[512]), math.sqrt(1 - self._alpha_bar[512]))
 
 
 class SCMScheduler(ConsistencyScheduler):
@@ -259,23 +244,18 @@ class SCMScheduler(ConsistencyScheduler):
 
     config_keys = "num_train_timesteps prediction_type sigma_data"
     config_defaults = {"prediction_type": "trigflow"}
+    config_choices = {"prediction_type": ("trigflow",)}
 
     def _build(self) -> None:
-        one_of("prediction_type", self.config["prediction_type"], "trigflow")
         self._set_schedule(np.arange(len(self))[::-1])
 
     def set_timesteps(  # type: ignore[override]
         self, num_inference_steps: int, timesteps: Values | Tensor = None, device: Device = None,
         max_timesteps: float | None = 1.57080, intermediate_timesteps: float | None = 1.3,
     ) -> None:  # fmt: skip
-        """Lays out a run from ``max_timesteps`` (at most pi / 2) to 0.
+        """Lays out a run from ``max_timesteps`` (at most pi / 2) to 0, by ``intermediate_timesteps`` where it is of two steps.
 
-        Args:
-            timesteps: Explicit times, one more than steps; ``max_timesteps`` and ``intermediate_timesteps`` must be ``None``.
-            intermediate_timesteps: The time between two steps; ``None`` for evenly spaced steps.
-
-        Raises:
-            ValueError: The arguments do not fit each other or the model.
+        Explicit ``timesteps``, one more than steps, and evenly spaced steps take ``None`` for what they replace.
         """
         count = self._check_count(num_inference_steps)
         one_source(timesteps=timesteps, max_timesteps=max_timesteps)
@@ -289,8 +269,7 @@ class SCMScheduler(ConsistencyScheduler):
         else:
             times = np.linspace(float(max_timesteps or 0), 0, count + 1)
             times[1] = times[1] if middle is None else middle
-        self.num_inference_steps = count
-        self._time_type = torch.float32
+        self.num_inference_steps, self._time_type = count, torch.float32
         self._set_schedule(times, device)
         self._ends, self._times = self._times[1:], self._times[:-1]
 

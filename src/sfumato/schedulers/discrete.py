@@ -1,4 +1,4 @@
-"""Solvers on training steps: DDPM (arXiv:2006.11239), DDIM (arXiv:2010.02502), PNDM (arXiv:2202.09778).
+"""Solvers on training steps: DDPM (arXiv:2006.11239), DDIM (arXiv:2010.02502), PNDM (arXiv:2202.09778) and relatives.
 
 They keep samples in variance-preserving form, ``x_t = sqrt(alpha_bar_t) * x0 + sqrt(1 - alpha_bar_t) * noise``, and are told the
 training step at each call: nothing but PNDM's history is state.
@@ -7,6 +7,7 @@ training step at each call: nothing but PNDM's history is state.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..random import Generators
 from .base import Count, Device, LevelScheduler, StepResult, StepScheduler, StochasticScheduler, Time, Update, Values
-from .noise import given_steps, noise_like, one_of, one_source
+from .noise import beta_table, given_steps, noise_like, one_source, zero_terminal_snr
 from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance, wide
 
 
@@ -25,10 +26,9 @@ class DDPMScheduler(StochasticScheduler, StepScheduler):
     config_keys = "BETAS variance_type clip_sample prediction_type BOUNDS SPACING rescale_betas_zero_snr"
     config_defaults = {"variance_type": "fixed_small", "timestep_spacing": "leading"}
 
-    def _build(self) -> None:
-        fixed = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
-        one_of("variance_type", self.config["variance_type"], *fixed, "learned", "learned_range", None)
-        super()._build()
+    config_choices = {
+        "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", None)
+    }
 
     def set_timesteps(self, num_inference_steps: Count = None, device: Device = None, timesteps: Values = None) -> None:
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
@@ -88,15 +88,11 @@ class DDIMScheduler(StepScheduler):
         self, model_output: Tensor, timestep: Time, sample: Tensor, eta: float = 0.0, use_clipped_model_output: bool = False,
         generator: Generators = None, variance_noise: Tensor | None = None, return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
-        """Goes one step towards the clean sample.
+        """Goes one step towards the clean sample; see :meth:`SchedulerMixin.step`.
 
         Args:
-            model_output, timestep, sample, generator, variance_noise, return_dict: See :class:`SchedulerMixin`.
             eta: Share of the posterior's deviation that is added as noise, 0 (none) to 1 (as DDPM).
             use_clipped_model_output: Recompute the noise from the clipped denoised sample.
-
-        Raises:
-            ValueError: ``set_timesteps`` was not called, ``eta`` is out of range, or noise and generator were both given.
         """
         noise = variance_noise if eta else None
         if noise is not None and generator is not None:
@@ -124,10 +120,9 @@ class DDIMScheduler(StepScheduler):
 
 
 class PNDMScheduler(StepScheduler):
-    """Pseudo linear multistep sampling (arXiv:2202.09778).
+    """Pseudo linear multistep sampling (arXiv:2202.09778), begun with 12 evaluations of pseudo Runge-Kutta steps.
 
-    A pseudo Runge-Kutta warm-up spends 12 evaluations on the first three steps; without it (as latent models use it) the first
-    step is evaluated twice and the order grows from there.
+    Without that warm-up (as latent models use it) the first step is evaluated twice and the order grows from there.
     """
 
     predictions = LevelScheduler.predictions
@@ -141,7 +136,6 @@ class PNDMScheduler(StepScheduler):
         self._stages: list[Tensor] = []  # of a Runge-Kutta step
 
     def _stops(self, count: int) -> np.ndarray:
-        """Returns one entry per evaluation."""
         stops = super()._stops(count)
         if self.config["skip_prk_steps"]:
             return np.concatenate([stops[:2], stops[1:]])
@@ -191,3 +185,252 @@ class PNDMScheduler(StepScheduler):
         if self._kind == "v_prediction":
             keep, turn = keep + turn * math.sqrt(1 - here), turn * math.sqrt(here)
         return blend((keep, *(turn * weight for weight in weights)), (x, *outputs))
+
+
+def _each(solve: Callable[..., Tensor], output: Tensor, timesteps: Tensor, x: Tensor) -> Tensor:
+    """Solves each sample ``(1, C, ...)`` of a batch for its own timestep, as sampling parallel in time asks (arXiv:2305.16317)."""
+    parts = zip(output.split(1), timesteps.flatten().tolist(), x.split(1), strict=True)
+    return torch.cat([solve(o, int(t), wide(sample)) for o, t, sample in parts]).to(x.dtype)
+
+
+class DDPMParallelScheduler(DDPMScheduler):
+    """DDPM that can also step each sample of a batch from its own timestep; see :class:`DDPMScheduler`."""
+
+    def batch_step_no_noise(self, model_output: Tensor, timesteps: Tensor, sample: Tensor) -> Tensor:
+        """Returns the posteriors' means (arXiv:2006.11239 eq. 7) at training steps ``timesteps``, ``(B,)``, without noise."""
+        stride, channels = self._stride(), sample.shape[1]  # one even stride, whatever the spacing
+
+        def mean(output: Tensor, t: int, x: Tensor) -> Tensor:
+            previous, beta = self._alpha_bar_at(t - stride), self._beta(t, t - stride)
+            return self._mean(output[:, :channels], self._alpha_bar[t], previous, beta, x)[0]
+
+        return _each(mean, model_output, timesteps, sample)
+
+
+class DDIMParallelScheduler(DDIMScheduler):
+    """DDIM that can also step each sample of a batch from its own timestep; see :class:`DDIMScheduler`."""
+
+    def batch_step_no_noise(
+        self, model_output: Tensor, timesteps: Tensor, sample: Tensor, eta: float = 0.0, use_clipped_model_output: bool = False
+    ) -> Tensor:
+        """Returns the samples of ``step`` (arXiv:2010.02502 eq. 12) at training steps ``timesteps`` ``(B,)``; ``eta`` must be 0."""
+        if eta:
+            raise ValueError(f"eta={eta} needs noise, which batch_step_no_noise adds none of: leave it at 0, or call step")
+        return _each(lambda o, t, x: self.update(o, t, x, 0.0, use_clipped_model_output, None)[0], model_output, timesteps, sample)
+
+
+class DDIMInverseScheduler(DDIMScheduler):
+    """DDIM from the clean sample to the noise that would give it (arXiv:2010.02502 section 4.3); ``timesteps`` ascend."""
+
+    config_keys = "BETAS ENDS prediction_type clip_sample_range timestep_spacing rescale_betas_zero_snr"
+    config_defaults = {"timestep_spacing": "leading"}
+
+    config_choices = {"timestep_spacing": ("leading", "trailing")}
+
+    def _build(self) -> None:
+        super()._build()
+        self._set_schedule(np.arange(len(self)))
+
+    def _stops(self, count: int) -> np.ndarray:
+        return super()._stops(count)[::-1]
+
+    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:  # type: ignore[override]
+        """Goes one step towards the noise, up to the level of ``timestep``; see :class:`SchedulerMixin`."""
+        return super().step(model_output, timestep, sample, return_dict=return_dict)
+
+    def _move(self, t: int) -> tuple[float, float]:
+        return self._alpha_bar_at(min(t - self._stride(), len(self) - 1)), self._alpha_bar[t]
+
+
+class RePaintScheduler(DDIMScheduler):
+    """Inpainting with an unconditional model: the known region is noised anew at each step (arXiv:2201.09865 algorithm 1)."""
+
+    config_keys = "num_train_timesteps beta_start beta_end beta_schedule eta trained_betas clip_sample"
+
+    def set_timesteps(  # type: ignore[override]
+        self, num_inference_steps: int, jump_length: int = 10, jump_n_sample: int = 10, device: Device = None
+    ) -> None:
+        """Lays out a run that goes over each stretch of ``jump_length`` steps ``jump_n_sample`` times (appendix B)."""
+        if jump_length < 1:
+            raise ValueError(f"jump_length={jump_length}, expected at least 1 (jump_n_sample=1 for a run without jumps)")
+        self.num_inference_steps = count = min(self._check_count(num_inference_steps), len(self))
+        left = dict.fromkeys(range(0, count - jump_length, jump_length), jump_n_sample - 1)
+        t, times = count, []
+        while t > 0:
+            t -= 1
+            times.append(t)
+            if left.get(t, 0) > 0:
+                left[t] -= 1
+                times.extend(range(t + 1, t + jump_length + 1))
+                t += jump_length
+        self._set_schedule(np.array(times) * (len(self) // count), device)
+
+    def step(  # type: ignore[override]
+        self, model_output: Tensor, timestep: Time, sample: Tensor, original_image: Tensor, mask: Tensor,
+        generator: Generators = None, return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample; see :meth:`SchedulerMixin.step`.
+
+        Args:
+            original_image: The clean picture, as ``sample``.
+            mask: 1 where the picture is known and kept, 0 where it is made anew; broadcasts to ``sample``.
+        """
+        return self._advance(model_output, timestep, sample, return_dict, original_image, mask, generator)
+
+    def update(self, output: Tensor, t: int, x: Tensor, picture: Tensor, mask: Tensor, generator: Generators) -> Update:  # type: ignore[override]
+        """Eqs. 8b (DDIM's step) outside the known region and 8a within, put together by eq. 8c."""
+        noise, eta, previous = noise_like(output, generator), self.config["eta"], self._move(t)[1]
+        unknown, x0 = super().update(output, t, x, eta, False, noise if eta > 0 else None)
+        known = mix((math.sqrt(previous), math.sqrt(1 - previous)), wide(picture), noise)
+        return torch.lerp(unknown, known, mask.to(unknown)), x0
+
+    def undo_step(self, sample: Tensor, timestep: Time, generator: Generators = None) -> Tensor:
+        """Noises the sample up from ``timestep`` by one step of the run, through each training step (arXiv:2006.11239 eq. 2)."""
+        t, x = self._training_step(timestep), wide(sample)
+        for beta in self.betas[t : t + self._stride()].tolist():
+            x = mix((math.sqrt(1 - beta), math.sqrt(beta)), x, noise_like(sample, generator))
+        return x.to(sample.dtype)
+
+
+class UnCLIPScheduler(DDPMScheduler):
+    """DDPM as DALL-E 2's prior and decoders run it (arXiv:2204.06125): even steps from the last training step to the first."""
+
+    predictions = ("epsilon", "sample")
+
+    config_keys = "num_train_timesteps variance_type clip_sample clip_sample_range prediction_type beta_schedule"
+    config_defaults = {"variance_type": "fixed_small_log", "beta_schedule": "squaredcos_cap_v2"}
+
+    config_choices = {"variance_type": ("fixed_small_log", "learned_range"), "beta_schedule": ("squaredcos_cap_v2",)}
+
+    set_timesteps = StepScheduler.set_timesteps  # type: ignore[assignment]
+
+    def _stops(self, count: int) -> np.ndarray:
+        if not 2 <= count <= len(self):
+            raise ValueError(f"num_inference_steps={count}, expected 2..{len(self)}: the run goes from the last training step to 0")
+        return (np.arange(count)[::-1] * ((len(self) - 1) / (count - 1))).round().astype(np.int64)
+
+    def step(  # type: ignore[override]
+        self, model_output: Tensor, timestep: Time, sample: Tensor, prev_timestep: Time | None = None, generator: Generators = None,
+        return_dict: bool = True,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step down, to the training step ``prev_timestep`` or by one; see :meth:`SchedulerMixin.step`."""
+        following = None if prev_timestep is None else self._training_step(prev_timestep)
+        return self._advance(model_output, timestep, sample, return_dict, generator, following)
+
+    def update(self, output: Tensor, t: int, x: Tensor, generator: Generators, following: int | None = None) -> Update:
+        return super().update(output, t, x, generator, t - 1 if following is None else following)
+
+    def _beta(self, t: int, following: int) -> float:
+        # In float32, as published samples were made: at the clean end it shows.
+        ratio = np.float32(self._alpha_bar[t]) / np.float32(self._alpha_bar_at(following))
+        return self.betas[t].item() if following == t - 1 else float(1 - ratio)
+
+
+class DDPMWuerstchenScheduler(StochasticScheduler, LevelScheduler):
+    """DDPM in continuous time, 1 (noise) to 0 (clean), on the cosine table (arXiv:2306.00637, arXiv:2102.09672 eq. 17)."""
+
+    config_keys = "scaler s"
+    _time_type = torch.float32
+
+    def set_timesteps(self, num_inference_steps: Count = None, timesteps: Values | Tensor = None, device: Device = None) -> None:  # type: ignore[override]
+        """Lays out a run; the last of given times, in 1..0, is where it ends. See :class:`SchedulerMixin`."""
+        one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
+        given = timesteps is not None
+        times = torch.as_tensor(timesteps) if given else torch.linspace(1, 0, self._check_count(num_inference_steps) + 1)
+        if times.ndim != 1 or len(times) < 2:
+            raise ValueError(f"timesteps={timesteps}, expected two times or more, of which the last is where the run ends")
+        self.num_inference_steps = len(times) - 1
+        self._set_schedule(times.cpu().double().numpy(), device)
+        self._alpha_bars = self._alpha_bar_at(torch.tensor(self._times)).tolist()
+
+    def _alpha_bar_at(self, t: Tensor) -> Tensor:
+        scaler, s = self.config["scaler"], self.config["s"]
+        t = 1 - (1 - t) ** scaler if scaler > 1 else t**scaler
+        signal = torch.cos((t + s) / (1 + s) * (math.pi / 2)) ** 2 / math.cos(s / (1 + s) * math.pi / 2) ** 2
+        return signal.clamp(0.0001, 0.9999)
+
+    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_bar = self._alpha_bar_at(timesteps)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def _position(self, timestep: Time) -> int:  # type: ignore[override]
+        self._count()
+        t = self._time(timestep)  # may be (B,) with equal entries
+        return min(range(len(self._times) - 1), key=lambda i: abs(self._times[i] - t))
+
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:
+        """Posterior mean and deviation (arXiv:2006.11239 eqs. 11 and 7); the step to time 0 adds no noise."""
+        alpha_bar, previous = self._alpha_bars[i], self._alpha_bars[i + 1]
+        kept = alpha_bar / previous
+        mean = mix((1 / math.sqrt(kept), (kept - 1) / math.sqrt(kept * (1 - alpha_bar))), x, output)
+        deviation = math.sqrt((1 - kept) * (1 - previous) / (1 - alpha_bar)) if self._times[i + 1] else 0.0
+        return mean.add_(noise_like(output, generator), alpha=deviation)
+
+
+class CogVideoXDDIMScheduler(DDIMScheduler):
+    """Deterministic DDIM on a table whose signal-to-noise ratio is shifted (arXiv:2408.06072); nothing is clipped."""
+
+    config_keys = (
+        "BETAS clip_sample set_alpha_to_one steps_offset prediction_type clip_sample_range"
+        " sample_max_value timestep_spacing rescale_betas_zero_snr snr_shift_scale"
+    )
+    config_defaults = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "leading"}
+
+    config_choices = {"beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2")}
+
+    def _build(self) -> None:
+        super()._build()
+        self._clips = False  # the keys of clipping are part of published files but have no effect
+
+    def _alpha_bar_table(self, floor: float = 0.0) -> Tensor:
+        c = self.config
+        dtype = torch.float64 if c["beta_schedule"] == "scaled_linear" else torch.float32
+        self.betas = beta_table(c["beta_schedule"], len(self), c["beta_start"], c["beta_end"], c["trained_betas"], dtype)
+        alpha_bar = (1 - self.betas).cumprod(0)
+        alpha_bar = alpha_bar / (c["snr_shift_scale"] + (1 - c["snr_shift_scale"]) * alpha_bar)
+        self.alphas_cumprod = zero_terminal_snr(alpha_bar) if c["rescale_betas_zero_snr"] else alpha_bar
+        return self.alphas_cumprod
+
+    def update(self, output: Tensor, t: int, x: Tensor, eta: float, reclip: bool, noise: Tensor | None) -> Update:
+        if eta:
+            raise ValueError(f"eta={eta} is not for CogVideoX's schedulers: leave it at 0, or use DDIMScheduler")
+        return super().update(output, t, x, 0.0, reclip, None)
+
+
+class CogVideoXDPMScheduler(CogVideoXDDIMScheduler):
+    """Second-order SDE-DPM-Solver++ (arXiv:2211.01095) on CogVideoX's table; the caller keeps the last denoised sample."""
+
+    def step(  # type: ignore[override]
+        self, model_output: Tensor, old_pred_original_sample: Tensor | None, timestep: Time, timestep_back: Time | None,
+        sample: Tensor, eta: float = 0.0, use_clipped_model_output: bool = False, generator: Generators = None,
+        variance_noise: Tensor | None = None, return_dict: bool = False,
+    ) -> StepResult:  # fmt: skip
+        """Goes one step towards the clean sample; see :meth:`SchedulerMixin.step`.
+
+        ``old_pred_original_sample`` and ``timestep_back`` are of the last step, ``None`` in the first; ``eta`` and
+        ``variance_noise``, of other schedulers, are refused.
+        """
+        if eta or variance_noise is not None:
+            raise ValueError("eta and variance_noise are not for CogVideoX's schedulers: leave them out and pass a generator")
+        last, back = old_pred_original_sample, None if timestep_back is None else self._training_step(timestep_back)
+        return self._advance(model_output, timestep, sample, return_dict, last, back, generator)
+
+    def update(self, output: Tensor, t: int, x: Tensor, last: Tensor | None, back: int | None, generator: Generators) -> Update:  # type: ignore[override]
+        """Eq. 18 of arXiv:2211.01095 (appendix A), from the second step on with the extrapolated denoised sample."""
+        alpha_bar, previous = self._move(t)
+        x0 = slope = self._denoise(output, x, *self._signal_noise(t))
+        h = _log_snr(previous) - _log_snr(alpha_bar)
+        noise = noise_like(output, generator)
+        if last is not None and back is not None and t >= self._stride():
+            noise = noise_like(output, generator)  # of two draws the second counts
+            slope = torch.lerp(wide(last), x0, 1 + h / (2 * (_log_snr(alpha_bar) - _log_snr(self._alpha_bar[back]))))
+        keep, fresh = math.sqrt((1 - previous) / (1 - alpha_bar)) * math.exp(-h), -math.expm1(-2 * h)
+        new = mix((keep, math.sqrt(previous) * fresh), x, slope)
+        return new.add_(noise, alpha=math.sqrt((1 - previous) * fresh)), x0
+
+
+def _log_snr(alpha_bar: float) -> float:
+    """Returns half the logarithm of the signal-to-noise ratio, infinite where there is none of either."""
+    if alpha_bar in (0.0, 1.0):
+        return math.inf if alpha_bar else -math.inf
+    return math.log(alpha_bar / (1 - alpha_bar)) / 2

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..random import Generators
 from .base import Count, Device, SigmaScheduler, StepResult, StochasticScheduler, Time, Values
-from .noise import integer_steps, noise_like, one_of, one_source, sigma_ramp, sigmas_to_steps
+from .noise import integer_steps, noise_like, one_of, one_source, sigmas_to_steps
 from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance
 
 
@@ -98,10 +98,8 @@ class LogSnrScheduler(SigmaScheduler):
             return levels, (levels * len(self)).astype(np.int64)
         if self._ramp is None:
             return self._sigmas_at(stops), stops
-        low, high = self._own("sigma_min", None), self._own("sigma_max", None)
-        ends = self._bounds[0] if high is None else high, self._bounds[1] if low is None else low
         # Levels uniform in lambda are uniform in log sigma as well (arXiv:2206.00927 section 3.4), on this table.
-        levels = sigma_ramp("exponential" if self._ramp == "lu" else self._ramp, *ends, len(stops))
+        levels = self._ramp_levels("exponential" if self._ramp == "lu" else self._ramp, *self._bounds, len(stops))
         steps = sigmas_to_steps(levels, self._table)
         rounded = self._ramp in ("karras", "lu") and self.config["beta_schedule"] != "squaredcos_cap_v2"  # else cut off, as trained
         return levels, (steps.round() if rounded else steps).astype(np.int64)
@@ -259,10 +257,7 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
     config_keys = "MULTISTEP RAMPS FLOW final_sigmas_type CUT DYNAMIC"
     config_defaults = {"lower_order_final": False}
 
-    def _build(self) -> None:
-        one_of("solver_order", self.config["solver_order"], 1, 2, 3)
-        super()._build()
-
+    config_choices = {"solver_order": (1, 2, 3)}
     set_timesteps = DPMSolverMultistepScheduler.set_timesteps
 
     def _stops(self, count: int | None, timesteps: Any = None) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Solvers with the preconditioning of arXiv:2206.00364 (EDM): ``x = x0 + sigma * noise`` with a network at unit variance.
+"""EDM's solvers (arXiv:2206.00364, table 1): ``x = x0 + sigma * noise`` with a network at unit variance.
 
-``x0 = c_skip * x + c_out * output``, the network's input is ``c_in * x`` (paper table 1), and its time ``log(sigma) / 4``.
+``x0 = c_skip * x + c_out * output``, the network's input is ``c_in * x``, and its time ``log(sigma) / 4``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ class EDMScheduler(SigmaScheduler):
 
     @property
     def init_noise_sigma(self) -> float:  # type: ignore[override]
-        """Standard deviation of the noise that sampling starts from."""
         return math.sqrt(self.config["sigma_max"] ** 2 + 1)
 
     def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
@@ -60,8 +59,6 @@ class EDMScheduler(SigmaScheduler):
 
 class EDMEulerScheduler(EDMScheduler, EulerDiscreteScheduler):
     """Euler's method with EDM's preconditioning and optional churn (arXiv:2206.00364 algorithm 2 without its correction)."""
-
-    predictions: tuple[str, ...] = ("epsilon", "v_prediction")
 
     config_keys = "EDM prediction_type rho final_sigmas_type"
     config_defaults = {"sigma_min": 0.002, "sigma_max": 80.0}
@@ -85,7 +82,6 @@ class EDMEulerScheduler(EDMScheduler, EulerDiscreteScheduler):
         return self._advance(model_output, timestep, sample, return_dict, churn, generator, pred_original_sample)
 
     def update(self, output: Tensor, i: int, x: Tensor, churn: Churn, generator: Generators, x0: Tensor | None) -> Update:  # type: ignore[override]
-        """See :class:`EulerDiscreteScheduler`."""
         if x0 is None:
             return super().update(output, i, x, churn, generator)
         x, here = self._churn(x, i, churn, x0.dtype, generator)
@@ -123,10 +119,9 @@ class CosineDPMSolverMultistepScheduler(EDMDPMSolverMultistepScheduler):
     config_keys = "EDM solver_order prediction_type rho solver_type lower_order_final euler_at_final final_sigmas_type"
     config_defaults = {"sigma_min": 0.3, "sigma_max": 500, "sigma_data": 1.0, "sigma_schedule": "exponential",
                        "prediction_type": "v_prediction"}  # fmt: skip
+    config_choices = {"solver_order": (1, 2), "solver_type": ("midpoint", "heun")}
 
     def _read_solver(self) -> None:
-        one_of("solver_order", self.config["solver_order"], 1, 2)
-        one_of("solver_type", self.config["solver_type"], "midpoint", "heun")
         self._on_denoised, self._tau2 = True, 1.0
 
     def _times_of(self, levels: np.ndarray) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Solvers for flow models: ``x = (1 - sigma) * x0 + sigma * noise``, whose network predicts ``noise - x0`` (arXiv:2210.02747).
 
-``dx / dsigma`` is that prediction, so Euler's and Heun's methods are those of the other schedulers. Levels, in 1..0, are shifted
-towards noise for large pictures; ``set_timesteps`` takes them ready made too.
+``dx / dsigma`` is that prediction, so Euler's and Heun's methods are those of the other schedulers.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..random import Generators
 from .base import Count, Device, StepResult, StochasticScheduler, Time, Update, Values
-from .euler import ExplodingScheduler
+from .euler import ExplodingScheduler, HeunDiscreteScheduler
 from .noise import noise_like
-from .two_stage import HeunDiscreteScheduler
 
 
 class FlowScheduler(ExplodingScheduler):
@@ -57,7 +55,7 @@ def refuse_churn(s_churn: float) -> None:
 
 
 class FlowMatchEulerDiscreteScheduler(FlowScheduler):
-    """Euler's method for flow models; see :class:`FlowScheduler` for the configuration."""
+    """Euler's method for flow models."""
 
     config_keys = "SHIFTS stochastic_sampling"
 
@@ -81,21 +79,18 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
         s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
-        """Goes one step towards the clean sample.
+        """Goes one step towards the clean sample; see :meth:`SchedulerMixin.step`.
 
-        Args:
-            model_output, timestep, sample, generator, return_dict: See :class:`SchedulerMixin`.
-            s_churn, s_tmin, s_tmax, s_noise: Not for this solver: an ``s_churn`` other than 0 is refused.
-            per_token_timesteps: Times of single tokens ``(B, N)`` of a sample ``(B, N, C)``: each goes to the level below its own.
+        ``s_churn`` other than 0 is refused. ``per_token_timesteps`` are times of single tokens, ``(B, N)``, of a sample
+        ``(B, N, C)``: each goes to the level below its own.
         """
         refuse_churn(s_churn)
         return self._advance(model_output, timestep, sample, return_dict, generator, per_token_timesteps)
 
     def update(self, output: Tensor, i: int, x: Tensor, generator: Generators, times: Tensor | None = None) -> Tensor:
         """Euler's step along the prediction, or with fresh noise in place of the old (arXiv:2210.02747)."""
-        here: Any
-        there: Any
-        here, there = self._sigmas[i : i + 2]
+        levels: Any = self._sigmas[i : i + 2]
+        here, there = levels
         if times is not None:
             here = times.to(x.dtype).unsqueeze(-1) / len(self)  # (B, N, 1)
             levels = self.sigmas.to(x.device, x.dtype).view(-1, 1, 1, 1)
@@ -106,9 +101,7 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
 
 
 class FlowMatchHeunDiscreteScheduler(FlowScheduler, HeunDiscreteScheduler):
-    """Heun's method for flow models: two evaluations a step, the mean of their slopes."""
-
-    predictions: tuple[str, ...] = ("flow_prediction",)
+    """Heun's method for flow models."""
 
     config_keys = "num_train_timesteps shift"
 
@@ -124,7 +117,6 @@ class FlowMatchHeunDiscreteScheduler(FlowScheduler, HeunDiscreteScheduler):
         return self._advance(model_output, timestep, sample, return_dict)
 
     def update(self, output: Tensor, i: int, x: Tensor, source: Any = None) -> Update:
-        """See :class:`HeunDiscreteScheduler`; the denoised sample is not told."""
         return super().update(output, i, x)[0], None
 
 

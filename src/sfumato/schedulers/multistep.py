@@ -13,7 +13,7 @@ from ..random import Generators
 from .base import Count, Device, SchedulerMixin, StepResult, StepScheduler, StochasticScheduler, Time, Update, Values
 from .dpm import LogSnrScheduler
 from .euler import ExplodingScheduler
-from .noise import noise_like, one_of, one_source
+from .noise import noise_like, one_source
 from .prediction import blend, polynomial_weights
 
 
@@ -24,11 +24,11 @@ class DEISMultistepScheduler(LogSnrScheduler):
     update = LogSnrScheduler._solve
     config_keys = "MULTISTEP RAMPS FLOW SPACING DYNAMIC"
     config_defaults = {"algorithm_type": "deis", "solver_type": "logrho"}
+    config_choices = {"solver_order": (1, 2, 3)}
 
     def _build(self) -> None:
         self._adopt("algorithm_type", ("dpmsolver", "dpmsolver++"), "deis")
         self._adopt("solver_type", ("midpoint", "heun", "bh1", "bh2"), "logrho")
-        one_of("solver_order", self.config["solver_order"], 1, 2, 3)
         super()._build()
         self._final_sigma = self._bounds[1]
 
@@ -101,11 +101,11 @@ class SASolverScheduler(StochasticScheduler, LogSnrScheduler):
 
     config_keys = "BETAS ADAMS prediction_type tau_func LIMITS algorithm_type lower_order_final RAMPS FLOW CUT SPACING"
     config_defaults = {"algorithm_type": "data_prediction"}
+    config_choices = dict(
+        predictor_order=(1, 2, 3, 4), corrector_order=(1, 2, 3, 4), algorithm_type=("data_prediction", "noise_prediction")
+    )
 
     def _build(self) -> None:
-        one_of("algorithm_type", self.config["algorithm_type"], "data_prediction", "noise_prediction")
-        one_of("predictor_order", self.config["predictor_order"], 1, 2, 3, 4)
-        one_of("corrector_order", self.config["corrector_order"], 1, 2, 3, 4)
         self._on_denoised = self.config["algorithm_type"] == "data_prediction"
         super()._build()
         self._final_sigma = self._bounds[1]
@@ -113,11 +113,6 @@ class SASolverScheduler(StochasticScheduler, LogSnrScheduler):
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         # noise is added at the training step itself, wherever the run is
         return super()._levels(timesteps) if self._flow else StepScheduler._levels(self, timesteps.long())  # type: ignore[arg-type]
-
-    def _strength(self, i: int) -> float:
-        """Returns tau squared at a position."""
-        tau, t = self.config["tau_func"], self._times[i]
-        return float(200 <= t <= 800) if tau is None else float(tau(t)) ** 2
 
     def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:
         """Corrects the sample (eq. 17, Adams-Moulton) and predicts the next one (eq. 14, Adams-Bashforth)."""
@@ -127,7 +122,8 @@ class SASolverScheduler(StochasticScheduler, LogSnrScheduler):
             x = self._transfer(start, i - 1, i, range(i, i - order, -1), (converted, *self._history[: order - 1]), last_noise, tau2)
         self._history = [converted, *self._history[: max(c["predictor_order"], c["corrector_order"] - 1) - 1]]
         left = count - i if c["lower_order_final"] else count
-        order, tau2 = min(c["predictor_order"], left, len(self._history)), self._strength(i)
+        tau, order = c["tau_func"], min(c["predictor_order"], left, len(self._history))
+        tau2 = float(200 <= self._times[i] <= 800) if tau is None else float(tau(self._times[i])) ** 2
         self._start = x, min(c["corrector_order"], left + 1, len(self._history) + 1), tau2, noise
         return self._transfer(x, i, i + 1, range(i, i - order, -1), self._history[:order], noise, tau2)
 

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 def plot(scheduler: SchedulerMixin) -> Figure:
     """Draws the noise levels (sigma over alpha), the log signal-to-noise ratio and the timesteps of the current schedule.
 
-    Returns:
-        A figure of three panels over the run's steps; ``figure.savefig("schedule.png")`` writes it.
+    The figure has three panels over the run's steps; ``figure.savefig("schedule.png")`` writes it.
 
     Raises:
         TypeError: The scheduler's levels are no mixtures of the clean sample and noise.

@@ -70,10 +70,7 @@ class KarrasVeScheduler(SchedulerMixin):
     ) -> KarrasVeOutput | tuple[Tensor, ...]:
         """Goes from the raised level to the next along the slope (lines 7 and 8).
 
-        Args:
-            model_output: ``(x0 - sample) / sigma``, that is, minus the noise.
-            sigma_hat, sample_hat: Results of ``add_noise_to_input``.
-            sigma_prev: The next level.
+        ``model_output`` is ``(x0 - sample) / sigma``, minus the noise; ``sigma_hat, sample_hat`` are of ``add_noise_to_input``.
         """
         x0 = torch.add(sample_hat, model_output, alpha=float(sigma_hat))
         new = torch.add(sample_hat, model_output, alpha=float(sigma_hat) - float(sigma_prev))
@@ -126,10 +123,7 @@ class ScoreSdeVeScheduler(SchedulerMixin):
     def step_pred(
         self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
     ) -> SdeVeOutput | tuple[Tensor, ...]:
-        """Predictor: reverse diffusion by one noise level (eq. 47), with noise from ``generator``.
-
-        ``model_output`` is the score; other arguments see :class:`SchedulerMixin`.
-        """
+        """Predictor: reverse diffusion by one noise level (eq. 47); the output is the score. See :meth:`SchedulerMixin.step`."""
         last = len(self._times) - 1
         i = int(np.float32(self._time(timestep)) * np.float32(last))
         variance = self._levels[i] ** 2 - (self._levels[i - 1] if i else 0.0) ** 2

@@ -47,10 +47,8 @@ class VQDiffusionScheduler(SchedulerMixin):
     ) -> StepResult:
         """Draws the tokens of the step before, with the Gumbel trick (section 3.2).
 
-        Args:
-            model_output: Logarithms of the clean tokens' probabilities, ``(B, classes - 1, N)``.
-            timestep, generator, return_dict: See :class:`SchedulerMixin`.
-            sample: Tokens, int64 ``(B, N)``.
+        ``model_output`` holds the logarithms of the clean tokens' probabilities, ``(B, classes - 1, N)``; ``sample`` is int64
+        ``(B, N)``. See :meth:`SchedulerMixin.step`.
         """
         t = int(self._time(timestep))
         log_p = self.q_posterior(model_output, sample, t) if t else model_output
@@ -60,14 +58,10 @@ class VQDiffusionScheduler(SchedulerMixin):
         return SchedulerOutput(tokens) if return_dict else (tokens,)
 
     def q_posterior(self, log_p_x_0: Tensor, x_t: Tensor, t: Time) -> Tensor:
-        """Returns the logarithms of the probabilities of the tokens one step before (eqs. 8 and 11).
+        """Returns the logarithms of the probabilities of the tokens one step before (eqs. 8 and 11), ``(B, classes, N)``.
 
-        Args:
-            log_p_x_0: Of the clean tokens, ``(B, classes - 1, N)``.
-            x_t: Tokens at training step ``t``, ``(B, N)``.
-
-        Returns:
-            ``(B, classes, N)``; minus infinity for the mask where the token is not masked.
+        ``log_p_x_0`` is of the clean tokens, ``(B, classes - 1, N)``; ``x_t``, ``(B, N)``, are tokens at training step ``t``. The
+        mask has minus infinity where the token is not masked.
         """
         t = int(self._time(t))
         (a, b, c), (total_a, total_b, total_c) = self._single[t], self._total[t]
@@ -76,7 +70,6 @@ class VQDiffusionScheduler(SchedulerMixin):
         own = x_t.unsqueeze(1).clamp(max=self.mask_class - 1)  # where to put right the class of a token that is not masked
 
         def divide(p: Tensor) -> Tensor:
-            """Divides by the probability of reaching ``x_t`` from each clean class."""
             w = p.mul_(torch.where(masked, 1 / total_c, 1 / total_b))
             factor = torch.where(masked, 1.0, total_b / (total_a + total_b))
             return w.scatter_(1, own, w.gather(1, own) * factor)
@@ -111,13 +104,10 @@ class AmusedScheduler(SchedulerMixin):
         self, model_output: Tensor, timestep: Time, sample: Tensor, starting_mask_ratio: float = 1.0, generator: Generators = None,
         return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
-        """Draws all masked tokens and masks the least confident of them again.
+        """Draws all masked tokens and masks the least confident of them again; see :meth:`SchedulerMixin.step`.
 
-        Args:
-            model_output: Logits, ``(B, N, classes)``, or ``(B, classes, H, W)``.
-            timestep, generator, return_dict: See :class:`SchedulerMixin`.
-            sample: Tokens, int64 ``(B, N)``, or ``(B, H, W)``.
-            starting_mask_ratio: Share of masked tokens that the run began with.
+        ``model_output`` are logits, ``(B, N, classes)`` or ``(B, classes, H, W)``; ``sample`` is int64 ``(B, N)`` or ``(B, H, W)``;
+        ``starting_mask_ratio`` is the share of masked tokens that the run began with.
         """
         shape, tokens = sample.shape, sample.flatten(1)  # (B, N)
         logits = model_output.flatten(2).transpose(1, 2) if sample.ndim == 3 else model_output
