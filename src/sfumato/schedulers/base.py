@@ -294,10 +294,11 @@ class SchedulerMixin(ConfigMixin):
     def _advance(self, output: Tensor, timestep: Time, sample: Tensor, return_dict: bool, *more: Any) -> StepResult:
         """Solves the step, with what more ``update`` takes; moves on by one position and wraps the result."""
         new = self.update(output, self._position(timestep), wide(sample), *more)
-        there, x0 = (new, None) if isinstance(new, Tensor) else new
+        there, x0 = new if isinstance(new, tuple) else (new, None)
         if self.step_index is not None:
             self.step_index += 1
-        there = there.to(sample.dtype)
+        if there.dtype != sample.dtype:
+            there = there.to(sample.dtype)
         if return_dict:
             return type(self)._output(there, x0)
         return (there,) if x0 is None else (there, x0)
@@ -384,8 +385,7 @@ class StepScheduler(LevelScheduler):
             raise ValueError(f"timestep={value:g}, expected a whole number in 0..{len(self) - 1}; pass one of scheduler.timesteps")
         return int(value)
 
-    def _position(self, timestep: Time) -> int:  # type: ignore[override]
-        return self._training_step(timestep)
+    _position = _training_step  # type: ignore[assignment]
 
     def _stride(self) -> int:
         """Returns the training steps between two stops of an even run."""
