@@ -148,7 +148,7 @@ class PNDMScheduler(StepScheduler):
         return np.array([*warm_up, *stops[3:]])
 
     def update(self, output: Tensor, t: int, x: Tensor) -> Tensor:
-        """One evaluation; without warm-up the second one repeats the first step (Heun)."""
+        """One evaluation (arXiv:2202.09778 eqs. 12 and 13); without warm-up the second one repeats the first step (Heun)."""
         solve = self._runge_kutta if self._calls < self._warm_up else self._adams_bashforth
         new = solve(output, t, x, self._stride())
         self._calls += 1

@@ -191,7 +191,7 @@ class DPMSolverScheduler(StochasticScheduler, LogSnrScheduler):
             raise ConfigError(f"algorithm_type={algorithm!r} has no solver_order={c['solver_order']}: {orders}")
 
     def update(self, output: Tensor, i: int, x: Tensor, generator: Generators, noise: Tensor | None = None) -> Tensor:
-        """Solves with the noise that is given, or drawn in float32."""
+        """Solves (arXiv:2211.01095 eqs. 9 and 14) with the noise that is given, or drawn in float32."""
         if self._tau2 and noise is None:
             noise = noise_like(x.float(), generator)
         return self._solve(output, i, x, noise if self._tau2 else None)

@@ -251,7 +251,7 @@ class TwoStageScheduler(ExplodingScheduler):
         return self._move(output, x, x0, *levels[:2]), x
 
     def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, source: Any) -> Tensor:
-        """Goes the whole step from its start with the slope half-way (midpoint rule)."""
+        """Goes the whole step from its start with the slope half-way (arXiv:2206.00927 algorithm 1)."""
         return self._along(output, x, x0, levels[1], start, levels[2] - levels[0])
 
     def _along(self, output: Tensor, x: Tensor, x0: Tensor, level: float, start: Any, step: float) -> Tensor:
@@ -285,7 +285,7 @@ class HeunDiscreteScheduler(TwoStageScheduler):
         return self._move(output, x, x0, here, there), self._move(output, x, x0, here, (here + there) / 2)
 
     def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, source: Any) -> Tensor:
-        """The other half of the step, with the slope at its end."""
+        """The other half of the step, with the slope at its end (arXiv:2206.00364 algorithm 1, line 7)."""
         here, _, there = levels
         return self._along(output, x, x0, there, start, (there - here) / 2)
 
@@ -327,7 +327,7 @@ class KDPM2AncestralDiscreteScheduler(StochasticScheduler, KDPM2DiscreteSchedule
         return there
 
     def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, source: Any) -> Tensor:
-        """The midpoint rule to the lower level, and noise."""
+        """The midpoint rule (arXiv:2206.00927 algorithm 1) to the lower level, and noise."""
         here, middle, there = levels
         down = there**2 / here
         return self._renoise(self._along(output, x, x0, middle, start, down - here), down, there, noise_like(output, source))
@@ -369,7 +369,7 @@ class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
         return self._ancestral(x, x0, *levels[:2], source), x
 
     def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, source: Any) -> Tensor:
-        """An ancestral step from the start of the step, towards the second evaluation's denoised sample."""
+        """An ancestral step from the start of the step, to the second denoised sample (arXiv:2211.01095 section 5)."""
         return self._ancestral(start, x0, levels[0], levels[2], source)
 
     def _ancestral(self, x: Tensor, x0: Tensor, here: float, there: float, factor: float) -> Tensor:

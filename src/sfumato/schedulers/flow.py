@@ -131,7 +131,7 @@ class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
         self.register_to_config(scale_factors=scale_factors, upscale_mode=upscale_mode)
 
     def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:  # type: ignore[override]
-        """To the denoised sample, which may grow, and from there to the next level with fresh noise."""
+        """To the denoised sample, which may grow, and to the next level with fresh noise (arXiv:2310.04378 algorithm 3)."""
         here, there = self._sigmas[i : i + 2]
         x0 = torch.add(x, output, alpha=-here)
         factors, self._start = self.config["scale_factors"] or [], self._start or x.shape[2:]
@@ -166,7 +166,7 @@ class LTXEulerAncestralRFScheduler(StochasticScheduler, FlowScheduler):
         self.sigmas = self.sigmas[:-1]
 
     def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:
-        """Goes down below the next level, and back up with fresh noise; see :class:`EulerAncestralDiscreteScheduler`."""
+        """Down below the next level, and up with fresh noise as Euler ancestral does, on rectified flow (arXiv:2209.03003 eq. 1)."""
         here, there = self._sigmas[i : i + 2]
         if here == there:  # the last of the given levels, which no step leaves
             return x
