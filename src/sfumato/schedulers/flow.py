@@ -166,7 +166,7 @@ class LTXEulerAncestralRFScheduler(StochasticScheduler, FlowScheduler):
         self.sigmas = self.sigmas[:-1]
 
     def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:
-        """Down below the next level, and up with fresh noise as Euler ancestral does, on rectified flow (arXiv:2209.03003 eq. 1)."""
+        """Down below the next level, and up with fresh noise as Euler ancestral does; rectified flow (arXiv:2209.03003 eq. 1)."""
         here, there = self._sigmas[i : i + 2]
         if here == there:  # the last of the given levels, which no step leaves
             return x
