@@ -38,9 +38,7 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed", "-s", help="Seed; picture k uses seed + k. Default: random.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, or one number for a square.")] = None,
     count: Annotated[int, typer.Option("--count", "-c", min=1, help="Number of pictures.")] = 1,
-    scheduler: Annotated[
-        str | None, typer.Option(help="See `sfumato schedulers`; 'DPM++ 2M Karras', say.")
-    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="See `sfumato schedulers`; 'DPM++ 2M Karras', say.")] = None,
     negative: Annotated[str | None, typer.Option(help="What the picture shall not show.")] = None,
     image: Annotated[str | None, typer.Option(help="Picture to start from (path or URL).")] = None,
     mask: Annotated[str | None, typer.Option(help="Mask for inpainting: white is painted anew (path or URL).")] = None,
