@@ -98,6 +98,8 @@ def load(model: str | None, task: str, scheduler: str | None, device: str | None
 
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if model is None:
+            torch.set_num_threads(1)  # so small a network gains nothing from threads, and waits for them on a busy machine
         precision: Any = getattr(torch, dtype, dtype) if dtype else (torch.float32 if device == "cpu" else torch.float16)
         kind = registry.load(f"AutoPipelineFor{task}")
         pipe = kind.from_pretrained(model or EMBEDDED_MODEL, dtype=precision, device_map=device, **files)
