@@ -67,7 +67,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, C, ...)`` -> the same."""
-        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        own = self._parameters  # read so because attribute look-ups of parameters are dear
+        return torch.group_norm(x, self.num_groups, own["weight"], own["bias"], self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -75,7 +76,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., C)`` -> the same."""
-        return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        own = self._parameters
+        return torch.layer_norm(x, self.normalized_shape, own["weight"], own["bias"], self.eps)
 
 
 class Linear(nn.Linear):
@@ -86,10 +88,11 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., in_features)`` -> ``(..., out_features)``."""
-        weight = self.weight
+        weight: Any = self._parameters["weight"]
+        bias = self._parameters["bias"]
         if x.numel() * self.out_features < MIN_PRODUCTS or x.shape[-1] != self.in_features or not _is_plain(x, weight):
-            return F.linear(x, weight, self.bias)
-        return _linear(x, weight, self.bias)
+            return F.linear(x, weight, bias)
+        return _linear(x, weight, bias)
 
 
 class _Ordered:
@@ -146,7 +149,8 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, C, H, W)`` -> ``(B, C', H', W')``."""
-        weight, bias = self.weight, self.bias
+        weight: Any = self._parameters["weight"]
+        bias = self._parameters["bias"]
         if x.dim() != 4 or x.shape[1] != self.in_channels or not _is_plain(x, weight):
             return self._conv_forward(x, weight, bias)
         rows = x.numel() // self.in_channels
