@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .compute import GroupNorm, Linear
+from .options import NO_OPTIONS, AttentionOptions, blur_queries
 
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -87,13 +88,16 @@ class Attention(nn.Module):
             self.add_k_proj = Linear(added_kv_proj_dim, inner)
             self.add_v_proj = Linear(added_kv_proj_dim, inner)
         self.to_out = nn.Sequential(Linear(inner, query_dim))
+        self.processor: nn.Module | None = None  # attention to picture prompts, while an IP-Adapter is loaded
 
     def forward(
-        self, x: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None,
+        options: AttentionOptions = NO_OPTIONS, size: tuple[int, int] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Attends from tokens (B, N, C) or pixels (B, C, H, W) to ``encoder_hidden_states`` (B, M, C'), or to ``x`` itself.
 
         ``attention_mask`` is broadcastable to (B, N, M), boolean or additive. With added tokens it covers those alone.
+        ``options`` weaken the layer or add picture prompts; ``size`` is the height and width of N tokens that are pixels.
         """
         residual, pixels = x, x.dim() == 4
         if self.group_norm is not None:
@@ -112,12 +116,28 @@ class Attention(nn.Module):
                 key, value = torch.cat([key, self.to_k(x)], dim=1), torch.cat([value, self.to_v(x)], dim=1)
         if attention_mask is not None:
             attention_mask = _fit_mask(attention_mask, key.shape[1])
-        x = self.to_out(attend(self.to_q(x), key, value, self.heads, attention_mask))
+        x = self.to_out(self._attend(x, key, value, attention_mask, options, size))
         if pixels:
             x = x.transpose(1, 2).unflatten(2, residual.shape[2:])
         if self.residual_connection:
             x = residual + x
         return x if self.rescale_output_factor == 1.0 else x / self.rescale_output_factor
+
+    def _attend(
+        self, x: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: AttentionOptions,
+        size: tuple[int, int] | None,
+    ) -> torch.Tensor:  # fmt: skip
+        if options is NO_OPTIONS:
+            return attend(self.to_q(x), key, value, self.heads, mask)
+        if options.perturbs(self, "identity"):
+            return value
+        query = self.to_q(x)
+        if options.perturbation is not None and size is not None and options.perturbs(self, "blur"):
+            query = blur_queries(query, *size, options.perturbation.blur_sigma)
+        out = attend(query, key, value, self.heads, mask)
+        if self.processor is not None and options.image_tokens:
+            out = out + self.processor(query, self.heads, options, size)
+        return out
 
 
 class _TokenGroupNorm(nn.GroupNorm):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,16 +35,16 @@ class AttentionOptions:
         perturbation: How to weaken the network.
         regions: Where each of R prompts holds, (B, R, H, W) of 0 and 1 at any resolution; the text tokens are those of the R
             prompts one after the other, M = R * N. Each pixel attends to the prompts that hold there.
-        image_tokens: Encoded picture prompts, one (B, K, C) for each IP-Adapter.
+        image_tokens: Encoded picture prompts, one (B, pictures, K, C) for each IP-Adapter.
         image_scales: Weight of each IP-Adapter in each of the L layers that it reaches, (B, L, adapters).
-        image_masks: Where each IP-Adapter acts, (B, pictures, H, W) at any resolution, or ``None`` for everywhere.
+        image_masks: Where the pictures of each IP-Adapter act, (B, pictures, H, W) at any resolution; empty for everywhere.
     """
 
     perturbation: Perturbation | None = None
     regions: torch.Tensor | None = None
     image_tokens: tuple[torch.Tensor, ...] = ()
     image_scales: torch.Tensor | None = None
-    image_masks: tuple[torch.Tensor | None, ...] = field(default=())
+    image_masks: tuple[torch.Tensor, ...] = ()
 
     def perturbs(self, layer: nn.Module, kind: str) -> bool:
         """Whether ``layer`` is weakened in the way of ``kind``."""

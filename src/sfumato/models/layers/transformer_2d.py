@@ -8,6 +8,7 @@ from torch import nn
 
 from .attention import Attention
 from .compute import Conv2d, GroupNorm, LayerNorm, Linear
+from .options import NO_OPTIONS, AttentionOptions, region_mask
 from .resnet import add
 
 
@@ -56,11 +57,12 @@ class BasicTransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(
-        self, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None, context_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """``x`` (B, N, C), ``context`` (B, M, C'), masks as in :class:`Attention` -> (B, N, C)."""
-        x = add(self.attn1(self.norm1(x), context if self.only_cross_attention else None, mask), x)
-        x = add(self.attn2(self.norm2(x), context, context_mask), x)
+        self, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None, context_mask: torch.Tensor | None,
+        options: AttentionOptions = NO_OPTIONS, size: tuple[int, int] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """``x`` (B, N, C), ``context`` (B, M, C'), masks, options and size as in :class:`Attention` -> (B, N, C)."""
+        x = add(self.attn1(self.norm1(x), context if self.only_cross_attention else None, mask, options, size), x)
+        x = add(self.attn2(self.norm2(x), context, context_mask, options, size), x)
         return add(self.ff(self.norm3(x)), x)
 
 
@@ -85,13 +87,16 @@ class Transformer2D(nn.Module):
         self.proj_out = Linear(inner, channels) if linear_projection else Conv2d(inner, channels, 1)
 
     def forward(
-        self, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None, context_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """``x`` (B, C, H, W), ``context`` (B, M, C'), masks as in :class:`Attention` -> (B, C, H, W)."""
-        size, h = x.shape[2:], self.norm(x)
+        self, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None, context_mask: torch.Tensor | None,
+        options: AttentionOptions = NO_OPTIONS,
+    ) -> torch.Tensor:  # fmt: skip
+        """``x`` (B, C, H, W), ``context`` (B, M, C'), masks and options as in :class:`Attention` -> (B, C, H, W)."""
+        size, h = (x.shape[2], x.shape[3]), self.norm(x)
+        if options.regions is not None and context is not None:
+            context_mask = region_mask(options.regions, *size, context.shape[1])
         h = self.proj_in(_tokens(h)) if self.linear_projection else _tokens(self.proj_in(h))
         for block in self.transformer_blocks:
-            h = block(h, context, mask, context_mask)
+            h = block(h, context, mask, context_mask, options, size)
         if self.linear_projection:
             h = self.proj_out(h)
         h = h.reshape(len(h), *size, -1).permute(0, 3, 1, 2)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ...errors import ConfigError, did_you_mean
 from ..layers.attention import Attention
+from ..layers.options import NO_OPTIONS, AttentionOptions
 from ..layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from ..layers.transformer_2d import Transformer2D
 from .k_blocks import BinomialResample, KAttentionBlock, KResnetBlock
@@ -28,6 +29,7 @@ class Conditions(NamedTuple):
     context: torch.Tensor | None = None  # tokens (B, M, C) for attention
     mask: torch.Tensor | None = None  # bias (B, 1, N) of the attention within the picture
     context_mask: torch.Tensor | None = None  # bias (B, 1, M) of the attention to the tokens
+    options: AttentionOptions = NO_OPTIONS  # of this call
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def find_kind(key: str, name: str, kinds: dict[str, Kind], context: bool) -> Kin
 def _attend(kind: str, attention: nn.Module, x: torch.Tensor, c: Conditions) -> torch.Tensor:
     """Calls an attention with what its kind looks at."""
     if kind == "transformer":
-        return attention(x, c.context, c.mask, c.context_mask)
+        return attention(x, c.context, c.mask, c.context_mask, c.options)
     if kind == "added":
         return attention(x, c.context, c.context_mask if c.mask is None else c.mask)
     return attention(x, c.temb, c.context, c.mask, c.context_mask) if kind == "k" else attention(x)

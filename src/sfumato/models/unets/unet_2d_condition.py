@@ -12,6 +12,7 @@ from ...errors import ConfigError
 from ..layers.attention import additive_mask
 from ..layers.compute import Conv2d, pixels_last
 from ..layers.embeddings import ImageTimeEmbedding
+from ..layers.options import AttentionOptions, read_options
 from ..layers.resnet import activation
 from .base import UNet2DConditionOutput, check_choice, shared_options, time_tensor
 from .blocks import Conditions, Level, MidBlock, Shared, spread
@@ -118,7 +119,7 @@ class UNet2DConditionModel(ConditionedUNet):
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, encoder_hidden_states: torch.Tensor | None,
         class_labels: torch.Tensor | None = None, timestep_cond: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None, cross_attention_kwargs: Mapping[str, Any] | None = None,
+        attention_mask: torch.Tensor | None = None, cross_attention_kwargs: AttentionOptions | None = None,
         added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
         down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
         mid_block_additional_residual: torch.Tensor | None = None,
@@ -135,7 +136,7 @@ class UNet2DConditionModel(ConditionedUNet):
             timestep_cond: Condition of the time embedding ``(B, time_cond_proj_dim)``, such as an embedded guidance scale.
             attention_mask: 1 keeps, 0 hides, ``(B, N)``: of the attention within the picture, which then must have N pixels
                 at every level; in ``Simple`` blocks, of the tokens.
-            cross_attention_kwargs: Must be empty: adapters are scaled where they are loaded.
+            cross_attention_kwargs: :class:`~sfumato.models.layers.options.AttentionOptions`, or nothing.
             added_cond_kwargs: What ``addition_embed_type`` and ``encoder_hid_dim_type`` ask for: ``text_embeds``,
                 ``time_ids``, ``image_embeds``, ``hint``.
             down_block_additional_residuals: Added to the states of the way down, one for each (ControlNet).
@@ -150,10 +151,7 @@ class UNet2DConditionModel(ConditionedUNet):
         Raises:
             ValueError: An argument is unknown to the network, missing, or does not fit.
         """
-        if cross_attention_kwargs:
-            raise ValueError(
-                f"cross_attention_kwargs={dict(cross_attention_kwargs)!r} is not read: scale adapters where they are loaded"
-            )
+        options = read_options("cross_attention_kwargs", cross_attention_kwargs)
         added = added_cond_kwargs or {}
         if added or self.added_inputs:
             self.check_added(added)
@@ -162,8 +160,9 @@ class UNet2DConditionModel(ConditionedUNet):
             sample = 2 * sample - 1.0
         times = time_tensor(timestep, sample)
         temb = self.embed_time(times, dtype, encoder_hidden_states, class_labels, timestep_cond, added)
-        masks = [None if mask is None else additive_mask(mask, dtype) for mask in (attention_mask, encoder_attention_mask)]
-        c = Conditions(temb, self.activation(temb), self.project_tokens(encoder_hidden_states, added), *masks)
+        mask, context_mask = (None if m is None else additive_mask(m, dtype) for m in (attention_mask, encoder_attention_mask))
+        context = self.project_tokens(encoder_hidden_states, added)
+        c = Conditions(temb, self.activation(temb), context, mask, context_mask, options)
         if isinstance(self.add_embedding, ImageTimeEmbedding) and "hint" in added:
             sample = torch.cat([sample, self.add_embedding.hint(added["hint"])], dim=1)
         uneven, states_added = self._check_sample(sample), down_block_additional_residuals
