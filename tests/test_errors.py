@@ -97,7 +97,7 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("image", {**PICTURE, "strength": "x"}, ValueError, r"strength='x' must lie in 0\.\.1"),
     ("image", {**PICTURE, "strength": 0.1}, ValueError, r"strength=0\.1 leaves none of 2 steps to make: raise strength to 0\.5"),
     ("image", {**PICTURE, "strength": 0}, ValueError, r"strength=0 leaves none of 2 steps"),
-    ("image", {**PICTURE, "height": 32}, TypeError, r"StableDiffusionImg2ImgPipeline takes no argument 'height'"),
+    ("image", {**PICTURE, "mask_image": 32}, TypeError, r"StableDiffusionImg2ImgPipeline takes no argument 'mask_image'"),
     ("image", {"image": 5}, TypeError, r"image holds int: expected PIL pictures"),
     ("image", {"image": []}, ValueError, r"image is an empty list"),
     ("image", {"image": "picture.png"}, TypeError, r"image holds str: .*load_image"),

@@ -109,7 +109,7 @@ def test_runs_at_different_steps_share_a_forward(pipe: Any, monkeypatch: pytest.
     runs[0].step()  # now one step ahead
     forwards = []
     predict = type(pipe).predict
-    monkeypatch.setattr(type(pipe), "predict", lambda self, x, t, c: forwards.append(t.tolist()) or predict(self, x, t, c))
+    monkeypatch.setattr(type(pipe), "predict", lambda self, x, t, *more: forwards.append(t.tolist()) or predict(self, x, t, *more))
     while not runs[0].done:
         requests = [run.requests() for run in runs]
         answers = sfumato.evaluate(pipe, [r for own in requests for r in own])

@@ -40,9 +40,9 @@ _MODULES: dict[str, str] = {
     "pipelines.base": "DiffusionPipeline",
     "pipelines.auto": "AutoPipelineForText2Image AutoPipelineForImage2Image AutoPipelineForInpainting",
     "pipelines.run": "Run Request Progress RunCancelled evaluate",
-    "families.stable_diffusion": "StableDiffusionPipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline"
-    " StableDiffusionDepth2ImgPipeline StableDiffusionUpscalePipeline StableDiffusionInstructPix2PixPipeline"
-    " StableDiffusionImageVariationPipeline",
+    "families.stable_diffusion": "StableDiffusionPipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline",
+    "families.stable_diffusion_variants": "StableDiffusionDepth2ImgPipeline StableDiffusionUpscalePipeline"
+    " StableDiffusionInstructPix2PixPipeline StableDiffusionImageVariationPipeline",
     "families.latent_upscaler": "StableDiffusionLatentUpscalePipeline",
     "families.unconditional": "DDPMPipeline DDIMPipeline LDMSuperResolutionPipeline",
 }

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from ..outputs import ImagePipelineOutput
+from ..pipelines.checks import check_generators, check_width, negative_texts, prompt_count
 from ..pipelines.conditioning import Conditioning
-from ..pipelines.guidance import ClassifierFreeGuidance
+from ..pipelines.guidance import WHOLE, Weakening
 from ..pipelines.run import Run
 from ..pipelines.tasks import Task, encode_pictures
 from ..pipelines.text import encode_clip_pooled
 from ..schedulers.euler import ExplodingScheduler
-from .stable_diffusion import PARTS, StableDiffusion, check_generators, check_width, negative_texts, prompt_count
+from .stable_diffusion import PARTS, StableDiffusion
 
 NOISE_LEVEL_WIDTH = 128
 """Width of the embedding of the noise level of the conditioning latents, which is always zero: ones, then zeros."""
@@ -77,8 +78,8 @@ class StableDiffusionLatentUpscalePipeline(
         if embeds is None:
             prompts = [args.prompt] if isinstance(args.prompt, str) else list(args.prompt)
             embeds, pooled = encode_clip_pooled(self.tokenizer, self.text_encoder, prompts)
-        if args.guidance_scale > 1:
-            run.guidance = ClassifierFreeGuidance(args.guidance_scale, args.guidance_rescale)
+        run.guidance = self.choose_guidance(run)
+        if run.guidance.branches > 1:
             negative, negative_pooled = args.negative_prompt_embeds, args.negative_pooled_prompt_embeds
             if negative is None:
                 negatives = negative_texts(args.negative_prompt, run.batch)
@@ -91,10 +92,10 @@ class StableDiffusionLatentUpscalePipeline(
         time_condition = torch.cat([half, torch.zeros_like(half), pooled], dim=1)
         run.conditioning = Conditioning({"encoder_hidden_states": embeds, "timestep_cond": time_condition})
 
-    def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, weakening: Weakening = WHOLE) -> torch.Tensor:
         """As the family's, but ``t`` is the noise level sigma (N,), and ``x`` holds ``c_in x`` and the conditioning latents."""
         sigma = t.reshape(-1, *[1] * (x.ndim - 1)).float()
-        network = self.unet(x, t.log() * 0.25, **conditioning, return_dict=False)[0]
+        network = super().predict(x, t.log() * 0.25, conditioning, weakening)
         channels = self.latent_format.channels
         scaled, network = x[:, :channels], network[:, :channels]
         root = (sigma**2 + 1) ** 0.5

@@ -12,10 +12,11 @@ import torch
 from ..media.processor import VaeImageProcessor
 from ..outputs import ImagePipelineOutput
 from ..pipelines.base import DiffusionPipeline
+from ..pipelines.checks import check_count, check_generators
 from ..pipelines.conditioning import Conditioning
+from ..pipelines.guidance import WHOLE, Weakening
 from ..pipelines.run import LATENTS, Run
-from ..pipelines.tasks import Task, check_count
-from .stable_diffusion import check_generators
+from ..pipelines.tasks import Task
 
 EXTRA = "callback callback_steps callback_on_step_end callback_on_step_end_tensor_inputs latents"
 
@@ -47,7 +48,7 @@ class Unconditional(DiffusionPipeline):
         run.batch = run.args.batch_size
         check_generators(run)
 
-    def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, weakening: Weakening = WHOLE) -> torch.Tensor:
         return self.unet(x, t, return_dict=False)[0]
 
     def decode_output(self, run: Run) -> Any:

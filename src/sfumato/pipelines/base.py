@@ -16,23 +16,30 @@ from ..errors import ConfigError, did_you_mean, refuse_unknown
 from ..hub import PathLike, Source
 from ..models.base import single_device
 from . import loading, params
+from .adapters import Adapter
 from .conditioning import Conditioning
-from .run import Run
+from .guidance import WHOLE, Weakening
+from .run import Named, Run
 from .tasks import Task
 
 _P = TypeVar("_P", bound="DiffusionPipeline")
 
 
 class DiffusionPipeline:
-    """Components plus a task, run by one denoising loop.
+    """Components plus a task and adapters, run by one denoising loop.
 
-    A public pipeline is a class statement that names a family and a task:
-    ``class StableDiffusionPipeline(StableDiffusion, task=TextToImage(), call="prompt height ...")``.
+    A public pipeline is a class statement that names a family, a task and adapters:
+    ``class StableDiffusionControlNetPipeline(StableDiffusion, task=Task(), adapters=(ControlNet(),))``. Its call arguments are
+    those of the three, in the order of the family; those named in ``later``, and ``extra`` ones, are keyword-only. A class that
+    goes its own way states them all in ``call``.
 
     Class attributes:
         component_names: Components in constructor order; ``optional_components`` may be ``None``.
         options: Constructor options that are not components, with their defaults.
-        task: What the pipeline does; ``call_signature`` are its call arguments.
+        order, arguments: Of a family: the order of all call arguments, and those that every task of it has.
+        adapters_before: Of a family: the component before which those of adapters stand in the constructor.
+        callback_tensors: Of a family: tensors that step callbacks know by name, beside the task's.
+        task, adapters: What the pipeline does, and by what means; ``call_signature`` are its call arguments.
     """
 
     if TYPE_CHECKING:  # components and what a family provides
@@ -44,24 +51,47 @@ class DiffusionPipeline:
     component_names: ClassVar[tuple[str, ...]] = ()
     optional_components: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[Mapping[str, Any]] = {}
+    order: ClassVar[str] = ""
+    arguments: ClassVar[str] = ""
+    adapters_before: ClassVar[str] = ""
     task: ClassVar[Task] = Task()
+    adapters: ClassVar[tuple[Adapter, ...]] = ()
     call_signature: ClassVar[inspect.Signature]
+    callback_tensors: ClassVar[Mapping[str, Named]] = {}
 
     def __init_subclass__(
         cls,
         task: Task | None = None,
+        adapters: tuple[Adapter, ...] = (),
         call: str | None = None,
+        later: str = "",
         extra: str = "",
         defaults: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init_subclass__(**kwargs)
         if task is not None:
-            cls.task = task
+            cls.task, cls.adapters = task, adapters
+            if "component_names" not in vars(cls):
+                names = list(cls.component_names)
+                place = names.index(cls.adapters_before) if adapters else 0
+                names[place:place] = dict.fromkeys(a.component for a in adapters)
+                cls.component_names = tuple(names)
+            if call is None:
+                call, extra = cls._composed_call(later.split(), extra)
         if call is not None:
             cls.call_signature = params.build_signature(call, extra, defaults)
             cls.__call__ = _call_with(cls.call_signature, cls.__doc__ or "")  # type: ignore[method-assign]
         cls.__signature__ = inspect.Signature(_constructor_parameters(cls))  # type: ignore[attr-defined]
+
+    @classmethod
+    def _composed_call(cls, later: list[str], extra: str) -> tuple[str, str]:
+        """Positional and keyword-only arguments of family, task and adapters."""
+        parts = [cls.arguments, cls.task.arguments, *(adapter.arguments for adapter in cls.adapters)]
+        wanted = dict.fromkeys(name for part in parts for name in part.split())
+        first = [name for name in cls.order.split() if name in wanted and name not in later]
+        rest = [name for name in (*wanted, *extra.split()) if name not in first]
+        return " ".join(first), " ".join(dict.fromkeys(rest))
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         cls = type(self)
@@ -232,8 +262,12 @@ class DiffusionPipeline:
         run = Run(self, params.bind(type(self).__name__, self.call_signature, args, kwargs))
         self.task.check(run)
         self.check(run)
+        for adapter in self.adapters:
+            adapter.check(run)
         self.condition(run)
+        run.guidance = run.guidance.bound(self)
         self.task.schedule(run)
+        run.adapters = [adapter.prepare(run) for adapter in self.adapters]
         self.task.prepare(run)
         return run
 
@@ -250,12 +284,24 @@ class DiffusionPipeline:
     def check(self, run: Run) -> None:
         """Refuses arguments that this family cannot work with."""
 
+    def schedule_options(self, run: Run, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the scheduler's ``set_timesteps``, from those ``given`` by the caller or by the number of steps."""
+        return given
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) in the form that callers see."""
+        return latents
+
+    def unpack(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Undoes :meth:`pack`, for latents of this height and width."""
+        return latents
+
     def condition(self, run: Run) -> None:
         """Sets the run's batch size, guidance and conditioning."""
         raise TypeError(f"{type(self).__name__} is no runnable pipeline: use one of its public classes")
 
-    def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Evaluates the denoiser on its input ``x`` (N, C, H, W) and the time ``t`` (N,) of each sample."""
+    def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, weakening: Weakening = WHOLE) -> torch.Tensor:
+        """Evaluates the denoiser, perhaps weakened, on its input ``x`` (N, C, H, W) and the time ``t`` (N,) of each sample."""
         raise TypeError(f"{type(self).__name__} is no runnable pipeline: use one of its public classes")
 
 

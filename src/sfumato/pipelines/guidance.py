@@ -1,77 +1,127 @@
 """Guidance: how several predictions become one.
 
-A guidance says how many branches a step evaluates, stacked along the batch in a fixed order, and how it combines them.
-It is frozen; while it is inactive a step costs exactly one forward pass, of the last branch.
+A guidance says which evaluations a step needs (``passes``) and how they combine. What a caller passes is a description; a run
+works on a copy of its own, bound to its pipeline. While a guidance is inactive a step costs exactly one forward pass, of the
+last branch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
+from torch import nn
+
+from ..models.layers.options import Perturbation
+
+if TYPE_CHECKING:
+    from .base import DiffusionPipeline
+    from .run import Run
 
 
-@dataclass(frozen=True)
-class NoGuidance:
+class Weakening(NamedTuple):
+    """What an evaluation has instead of the whole denoiser: some of its layers weakened, or another network."""
+
+    perturbation: Perturbation | None = None
+    network: nn.Module | None = None
+
+
+WHOLE = Weakening()
+
+
+class Pass(NamedTuple):
+    """One evaluation of a step: on which branch of the conditioning, by what."""
+
+    branch: int
+    weakening: Weakening = WHOLE
+
+
+@dataclass
+class Guidance:
+    """How predictions combine. ``branches`` are stacked along the batch of the conditioning, in a fixed order."""
+
+    branches: ClassVar[int] = 1
+
+    def bound(self, pipe: DiffusionPipeline) -> Guidance:
+        """A copy for one run of ``pipe``; errors here name what the pipeline lacks."""
+        return dataclasses.replace(self)
+
+    def passes(self, run: Run) -> tuple[Pass, ...]:
+        """What the next step of ``run`` evaluates."""
+        return (Pass(self.branches - 1),)
+
+    def combine(self, predictions: list[torch.Tensor], run: Run) -> torch.Tensor:
+        """One prediction (B, ...) from those of the passes, each (B, ...), in their order."""
+        return predictions[0]
+
+
+@dataclass
+class NoGuidance(Guidance):
     """One conditional prediction."""
 
-    branches: int = 1
 
-    def active(self, index: int, steps: int) -> bool:
-        """Whether step ``index`` of ``steps`` needs all branches."""
-        return False
-
-    def combine(self, prediction: torch.Tensor) -> torch.Tensor:
-        """``(branches * B, ...)`` -> ``(B, ...)``."""
-        return prediction
-
-
-@dataclass(frozen=True)
-class ClassifierFreeGuidance:
+@dataclass
+class ClassifierFreeGuidance(Guidance):
     """Branches [unconditional, conditional]; ``u + scale (c - u)`` (arXiv:2207.12598, eq. 6).
 
-    At a ``scale`` of 1 or below the unconditional branch is not evaluated. ``rescale`` is the weight in 0..1 of the prediction
-    brought back to the conditional one's standard deviation (arXiv:2305.08891, eqs. 15-16).
+    At a scale of 1 or below the unconditional branch is not evaluated.
+
+    Attributes:
+        guidance_scale: Weight of the condition.
+        guidance_rescale: Weight in 0..1 of the prediction brought back to the conditional one's standard deviation
+            (arXiv:2305.08891, eqs. 15-16).
+        start, stop: Part of the steps, 0..1, in which it guides (arXiv:2404.07724).
     """
 
-    scale: float
-    rescale: float = 0.0
-    branches: int = 2
+    branches: ClassVar[int] = 2
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    start: float = 0.0
+    stop: float = 1.0
 
-    def active(self, index: int, steps: int) -> bool:
-        """Whether step ``index`` of ``steps`` needs both branches."""
-        return self.scale > 1
+    def passes(self, run: Run) -> tuple[Pass, ...]:
+        return (Pass(0), Pass(1)) if self.guides(run) else (Pass(1),)
 
-    def combine(self, prediction: torch.Tensor) -> torch.Tensor:
-        """``(2B, ...)`` -> ``(B, ...)``."""
-        unconditional, conditional = prediction.chunk(2)
-        guided = unconditional + self.scale * (conditional - unconditional)
-        if self.rescale > 0:
-            dims = list(range(1, guided.ndim))
-            matched = guided * (conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
-            guided = self.rescale * matched + (1 - self.rescale) * guided
-        return guided
+    def guides(self, run: Run) -> bool:
+        """Whether the next step needs the unconditional branch."""
+        steps = len(run.timesteps)
+        return self.guidance_scale > 1 and int(self.start * steps) <= run.index < int(self.stop * steps)
+
+    def combine(self, predictions: list[torch.Tensor], run: Run) -> torch.Tensor:
+        if len(predictions) == 1:
+            return predictions[0]
+        unconditional, conditional = predictions
+        guided = self.blend(unconditional, conditional, run)
+        return rescaled(guided, conditional, self.guidance_rescale) if self.guidance_rescale > 0 else guided
+
+    def blend(self, unconditional: torch.Tensor, conditional: torch.Tensor, run: Run) -> torch.Tensor:
+        """Combines the two branches."""
+        return unconditional + self.guidance_scale * (conditional - unconditional)
 
 
-@dataclass(frozen=True)
-class EditGuidance:
+def rescaled(guided: torch.Tensor, conditional: torch.Tensor, weight: float) -> torch.Tensor:
+    """Brings a prediction back to the conditional one's standard deviation, by ``weight`` (arXiv:2305.08891, eqs. 15-16)."""
+    dims = list(range(1, guided.ndim))
+    matched = guided * (conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
+    return weight * matched + (1 - weight) * guided
+
+
+@dataclass
+class EditGuidance(Guidance):
     """Branches [text and picture, picture, neither] of InstructPix2Pix (arXiv:2211.09800, eq. 3).
 
-    ``scale`` is the weight of the instruction, ``image_scale`` that of the picture.
+    ``guidance_scale`` is the weight of the instruction, ``image_guidance_scale`` that of the picture.
     """
 
-    scale: float
-    image_scale: float
-    branches: int = 3
+    branches: ClassVar[int] = 3
+    guidance_scale: float = 7.5
+    image_guidance_scale: float = 1.5
 
-    def active(self, index: int, steps: int) -> bool:
-        """Always: whether to guide is decided when the run is set up."""
-        return True
+    def passes(self, run: Run) -> tuple[Pass, ...]:
+        return Pass(0), Pass(1), Pass(2)
 
-    def combine(self, prediction: torch.Tensor) -> torch.Tensor:
-        """``(3B, ...)`` -> ``(B, ...)``."""
-        full, picture, neither = prediction.chunk(3)
-        return neither + self.scale * (full - picture) + self.image_scale * (picture - neither)
-
-
-Guidance = NoGuidance | ClassifierFreeGuidance | EditGuidance
+    def combine(self, predictions: list[torch.Tensor], run: Run) -> torch.Tensor:
+        full, picture, neither = predictions
+        return neither + self.guidance_scale * (full - picture) + self.image_guidance_scale * (picture - neither)

@@ -22,7 +22,8 @@ class LatentFormat:
     vae: Any  # the autoencoder
     channels: int  # of a latent
     factor: int  # pixels per latent, in height and width
-    scale: float  # latents are the autoencoder's values times this
+    scale: float  # latents are the autoencoder's values, less the shift, times this
+    shift: float = 0.0
 
     @classmethod
     def of(cls, vae: Any) -> LatentFormat:
@@ -30,7 +31,8 @@ class LatentFormat:
         config = vae.config
         names = ("block_out_channels", "down_block_out_channels", "encoder_block_out_channels")
         blocks = next(config[name] for name in names if config.get(name))
-        return cls(vae, config.latent_channels, 2 ** (len(blocks) - 1), config.scaling_factor)
+        shift = config.get("shift_factor") or 0.0
+        return cls(vae, config.latent_channels, 2 ** (len(blocks) - 1), config.scaling_factor, shift)
 
     def shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape of the latents of ``batch`` pictures of ``height`` x ``width`` pixels."""
@@ -46,15 +48,19 @@ class LatentFormat:
             return torch.cat([self.encode(image[i : i + 1], generator[i]) for i in range(len(image))])
         encoded = self.vae.encode(image.to(self.vae.dtype))
         if not hasattr(encoded, "latent_dist"):
-            return encoded.latents if mode else encoded.latents * self.scale
+            return encoded.latents if mode else self._scaled(encoded.latents)
         if mode:
             return encoded.latent_dist.mode()
-        return encoded.latent_dist.sample(generator) * self.scale
+        return self._scaled(encoded.latent_dist.sample(generator))
+
+    def _scaled(self, values: torch.Tensor) -> torch.Tensor:
+        return (values - self.shift) * self.scale if self.shift else values * self.scale
 
     def decode(self, latents: torch.Tensor, generator: Generators = None, **extras: torch.Tensor) -> torch.Tensor:
         """Decodes latents to pictures ``(B, 3, H, W)``, about -1..1."""
         drawing = {"generator": generator} if type(self.vae).__name__ in ("AutoencoderKL", "AsymmetricAutoencoderKL") else {}
-        return self.vae.decode(latents / self.scale, return_dict=False, **drawing, **extras)[0]
+        values = latents / self.scale + self.shift if self.shift else latents / self.scale
+        return self.vae.decode(values, return_dict=False, **drawing, **extras)[0]
 
     @torch.no_grad()
     def preview(self, latents: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,8 @@ CATALOGUE: dict[str, Parameter] = {
     "callback_on_step_end_tensor_inputs": Parameter(["latents"], "Names of the tensors that the callback receives."),
     "callback": Parameter(None, "`f(index, timestep, latents)` every `callback_steps` steps."),
     "callback_steps": Parameter(1, "Interval of `callback`."),
+    "guidance": Parameter(None, "A guidance object of `sfumato.guidance` instead of `guidance_scale`."),
+    "regions": Parameter(None, "Prompts that hold in part of the picture: a list of (prompt, mask), beside `prompt`."),
     "prompt_syntax": Parameter("plain", "`plain`, or `weighted`: `(word:1.3)`, `(word)`, `[word]`, `BREAK`, and any length."),
 }
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..errors import SfumatoError, did_you_mean, refuse_unknown
-from .conditioning import Conditioning
-from .guidance import Guidance, NoGuidance
+from .conditioning import Conditioning, take_branches
+from .guidance import WHOLE, Guidance, NoGuidance, Weakening
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .adapters import ActiveAdapter
     from .base import DiffusionPipeline
     from .tasks import Task
 
@@ -37,11 +38,12 @@ class Request:
     latents: torch.Tensor  # its input (N, C, H, W), extra channels included
     timesteps: torch.Tensor  # time of each sample (N,)
     conditioning: Conditioning  # everything else, N samples of each tensor
+    weakening: Weakening = WHOLE  # what evaluates it instead of the whole denoiser
 
     def fits(self, other: Request) -> bool:
         """Whether both can be evaluated in one forward pass."""
         mine, theirs = ((r.latents.shape[1:], r.latents.dtype, r.timesteps.dtype) for r in (self, other))
-        return mine == theirs and self.conditioning.fits(other.conditioning)
+        return mine == theirs and self.weakening == other.weakening and self.conditioning.fits(other.conditioning)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def evaluate(pipe: DiffusionPipeline, requests: list[Request]) -> list[torch.Ten
         members = [i for i in range(first, len(requests)) if answers[i] is None and request.fits(requests[i])]
         group = [requests[i] for i in members]
         latents, times = (torch.cat(parts) for parts in ([r.latents for r in group], [r.timesteps for r in group]))
-        prediction = pipe.predict(latents, times, Conditioning.cat([r.conditioning for r in group]))
+        prediction = pipe.predict(latents, times, Conditioning.cat([r.conditioning for r in group]), request.weakening)
         for i, part in zip(members, prediction.split([len(r.latents) for r in group]), strict=True):
             answers[i] = part
     return [a for a in answers if a is not None]
@@ -93,6 +95,7 @@ class Run:
         self.guidance: Guidance = NoGuidance()  # how predictions combine
         self.conditioning = Conditioning()  # tensors for the denoiser, all guidance branches stacked along the batch
         self.channels: torch.Tensor | None = None  # extra channels beside the latents, all branches stacked
+        self.adapters: list[ActiveAdapter] = []  # what else conditions the denoiser
         self.timesteps = torch.empty(0)  # times of the steps, descending
         self.index = 0  # the next step
         self.latents = torch.empty(0)  # (B, C, h, w), now
@@ -106,6 +109,11 @@ class Run:
     def task(self) -> Task:
         """The pipeline's task."""
         return self.pipe.task
+
+    @property
+    def callback_tensors(self) -> dict[str, Named]:
+        """Tensors that step callbacks know by name."""
+        return {**self.task.callback_tensors, **self.pipe.callback_tensors}
 
     @property
     def device(self) -> torch.device:
@@ -134,35 +142,44 @@ class Run:
         if self._stop == "cancelled":
             raise RunCancelled(f"cancelled after {self.index} of {len(self.timesteps)} steps")
 
-    def branch_count(self) -> int:
-        """Number of guidance branches that the next step evaluates."""
-        return self.guidance.branches if self.guidance.active(self.index, len(self.timesteps)) else 1
+    def _grouped(self) -> dict[Weakening, list[int]]:
+        """Branches of the next step by what evaluates them."""
+        groups: dict[Weakening, list[int]] = {}
+        for branch, weakening in self.guidance.passes(self):
+            groups.setdefault(weakening, []).append(branch)
+        return groups
 
     def requests(self) -> list[Request]:
         """What the next step needs evaluated."""
-        count = self.branch_count()
         x, t = self.latents, self.timesteps[self.index]
         if self.task.scales_channels and self.channels is not None:
             x = self.scheduler.scale_model_input(torch.cat([x, self.channels], dim=1), t)
             return [Request(x, t.expand(len(x)), self.conditioning)]
         x = self.scheduler.scale_model_input(x, t)
-        x = torch.cat([x] * count) if count > 1 else x
-        conditioning, channels = self.conditioning, self.channels
-        if count < self.guidance.branches:
-            rows = self.batch * self.guidance.branches
-            conditioning = Conditioning({k: v[-self.batch :] if len(v) == rows else v for k, v in conditioning.items()})
-            channels = None if channels is None else channels[-self.batch :]
-        if channels is not None:
+        return [self._request(x, branches, weakening) for weakening, branches in self._grouped().items()]
+
+    def _request(self, x: torch.Tensor, branches: list[int], weakening: Weakening) -> Request:
+        all_branches = self.guidance.branches
+        x = torch.cat([x] * len(branches)) if len(branches) > 1 else x
+        t = self.task.time(self).expand(len(x))
+        conditioning = self.conditioning.branches(branches, all_branches, self.batch)
+        extras = [adapter.extras(self, x, t, conditioning, branches) for adapter in self.adapters]
+        for extra in extras:
+            conditioning = conditioning.plus(extra)
+        if self.channels is not None:
+            channels = self.channels
+            if len(branches) < all_branches:
+                channels = take_branches(channels, branches, self.batch)
             x = torch.cat([x, channels], dim=1)
-        return [Request(x, self.task.time(self).expand(len(x)), conditioning)]
+        return Request(x, t, conditioning, weakening)
 
     @torch.no_grad()
     def advance(self, predictions: list[torch.Tensor]) -> None:
         """Takes the answers to :meth:`requests` and moves one step on."""
         self._refuse_cancelled()
         t = self.timesteps[self.index]
-        prediction = self.guidance.combine(predictions[0]) if self.branch_count() > 1 else predictions[0]
-        out = self.scheduler.step(prediction, t, self.latents, **self.step_options)
+        parts = [part for whole in predictions for part in (whole.split(self.batch) if len(whole) > self.batch else (whole,))]
+        out = self.scheduler.step(self.guidance.combine(parts, self), t, self.latents, **self.step_options)
         self.denoised = getattr(out, "pred_original_sample", None)
         self.latents = self.task.after_step(self, out.prev_sample).to(self.latents.dtype)
         self._report(t)
@@ -195,7 +212,7 @@ class Run:
     def _report(self, t: torch.Tensor) -> None:
         args = self.args
         if args.callback_on_step_end is not None:
-            offered = self.task.callback_tensors
+            offered = self.callback_tensors
             given = {name: offered[name].read(self) for name in args.callback_on_step_end_tensor_inputs}
             answer = args.callback_on_step_end(PipelineView(self), self.index, t, dict(given)) or {}
             refuse_unknown(answer, offered, f"this pipeline offers {', '.join(offered)}; a callback returned", ValueError)
@@ -203,7 +220,7 @@ class Run:
                 if value is not given.get(name):
                     offered[name].write(self, value)
         if args.callback is not None and self.index % args.callback_steps == 0:
-            args.callback(self.index // self.scheduler.order, t, self.latents)
+            args.callback(self.index // self.scheduler.order, t, self.pipe.pack(self.latents))
 
 
 class Named(NamedTuple):
@@ -218,17 +235,25 @@ def _negative_embeds(run: Run) -> torch.Tensor | None:
     return None if stacked is None or run.guidance.branches != 2 else stacked[: run.batch]
 
 
-def _set_embeds(run: Run, value: torch.Tensor) -> None:
-    run.conditioning = run.conditioning.replace(encoder_hidden_states=value)
-
-
 def _set_negative_embeds(run: Run, value: torch.Tensor) -> None:
-    _set_embeds(run, torch.cat([value, run.conditioning["encoder_hidden_states"][len(value) :]]))
+    joined = torch.cat([value, run.conditioning["encoder_hidden_states"][len(value) :]])
+    run.conditioning = run.conditioning.replace(encoder_hidden_states=joined)
 
 
-LATENTS = Named(lambda run: run.latents, lambda run, value: setattr(run, "latents", value))
+def conditioned(keyword: str) -> Named:
+    """A tensor of the conditioning, all guidance branches stacked."""
+    return Named(
+        lambda run: run.conditioning.get(keyword),
+        lambda run, value: setattr(run, "conditioning", run.conditioning.replace(**{keyword: value})),
+    )
+
+
+LATENTS = Named(
+    lambda run: run.pipe.pack(run.latents),
+    lambda run, value: setattr(run, "latents", run.pipe.unpack(value, *run.latents.shape[-2:])),
+)
 CHANNELS = Named(lambda run: run.channels, lambda run, value: setattr(run, "channels", value))
-EMBEDS = Named(lambda run: run.conditioning.get("encoder_hidden_states"), _set_embeds)
+EMBEDS = conditioned("encoder_hidden_states")
 NEGATIVE_EMBEDS = Named(_negative_embeds, _set_negative_embeds)
 
 
@@ -248,9 +273,9 @@ class PipelineView:
         run = self._run
         match name.removeprefix("_"):
             case "guidance_scale":
-                return getattr(run.guidance, "scale", 1.0)
+                return getattr(run.guidance, "guidance_scale", 1.0)
             case "do_classifier_free_guidance":
-                return run.branch_count() > 1
+                return len(run.guidance.passes(run)) > 1
             case "interrupt":
                 return run._stop is not None
             case "num_timesteps":
@@ -267,9 +292,9 @@ class PipelineView:
             if value:
                 run.interrupt()
         elif name == "_guidance_scale":
-            if isinstance(run.guidance, NoGuidance):
+            if not hasattr(run.guidance, "guidance_scale"):
                 raise AttributeError("this run has no guidance, so its scale cannot be set")
-            run.guidance = replace(run.guidance, scale=float(value))
+            run.guidance.guidance_scale = float(value)
         else:
             near = did_you_mean(name, ("_interrupt", "_guidance_scale"))
             raise AttributeError(f"a callback cannot set {name!r} on the pipeline, which other runs share{near}")

@@ -14,20 +14,15 @@ from typing import Any, ClassVar
 import torch
 
 from ..random import randn
+from .checks import check_count, check_strength
 from .run import CHANNELS, EMBEDS, LATENTS, NEGATIVE_EMBEDS, Named, Run, accepted
-
-
-def check_count(args: Any, name: str) -> None:
-    """Refuses an argument that is no whole number of at least 1."""
-    value = getattr(args, name)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
 
 
 class Task:
     """Text to picture, and the parts that the other tasks share."""
 
     name: ClassVar[str] = "text-to-image"
+    arguments: ClassVar[str] = "height width latents"
     callback_tensors: ClassVar[dict[str, Named]] = {
         "latents": LATENTS, "prompt_embeds": EMBEDS, "negative_prompt_embeds": NEGATIVE_EMBEDS,
     }  # fmt: skip
@@ -50,10 +45,10 @@ class Task:
             raise ValueError(f"output_type={args.output_type!r} is unknown: expected 'pil', 'np', 'pt' or 'latent'")
         if args.callback_steps is None or args.callback_steps < 1:
             raise ValueError(f"callback_steps={args.callback_steps!r} must be at least 1")
-        unknown = [n for n in args.callback_on_step_end_tensor_inputs if n not in self.callback_tensors]
+        offered = run.callback_tensors
+        unknown = [n for n in args.callback_on_step_end_tensor_inputs if n not in offered]
         if unknown:
-            offered = ", ".join(self.callback_tensors)
-            raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}; this pipeline offers {offered}")
+            raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}; this pipeline offers {', '.join(offered)}")
 
     def size(self, run: Run) -> tuple[int, int]:
         """Height and width of the result, in pixels."""
@@ -70,7 +65,8 @@ class Task:
         remedy = "a scheduler that does is EulerDiscreteScheduler"
         for name in custom.keys() - takes:
             raise ValueError(f"{type(scheduler).__name__} takes no custom {name}; {remedy}")
-        scheduler.set_timesteps(**custom or {"num_inference_steps": args.num_inference_steps}, device=run.device)
+        given = custom or {"num_inference_steps": args.num_inference_steps}
+        scheduler.set_timesteps(**run.pipe.schedule_options(run, given), device=run.device)
         run.timesteps = scheduler.timesteps
         takes = accepted(type(scheduler).step)
         options = {"eta": args.eta, "generator": args.generator, "use_clipped_model_output": args.use_clipped_model_output}
@@ -88,6 +84,8 @@ class Task:
     def noise_of_shape(self, run: Run, shape: tuple[int, ...]) -> torch.Tensor:
         """As :meth:`noise`, for a given shape, which the caller's latents must have."""
         dtype, given = run.pipe.compute_dtype, run.args.latents
+        if isinstance(given, torch.Tensor):
+            given = run.pipe.unpack(given, *shape[-2:])
         if given is None:
             return randn(shape, generator=run.args.generator, device=run.device, dtype=dtype)
         if not isinstance(given, torch.Tensor) or tuple(given.shape) != shape:
@@ -110,20 +108,23 @@ class Task:
         return run.pipe.decode_output(run)
 
 
-def check_strength(run: Run) -> None:
-    """Refuses a strength outside 0..1."""
-    if not (isinstance(run.args.strength, Real) and 0 <= float(run.args.strength) <= 1):
-        raise ValueError(f"strength={run.args.strength!r} must lie in 0..1: 0 keeps the picture, 1 starts from noise")
-
-
-def truncate_schedule(run: Run) -> None:
-    """Keeps the last ``strength`` part of the schedule (SDEdit, arXiv:2108.01073)."""
-    order = run.scheduler.order
-    steps = len(run.timesteps) // order if run.args.timesteps or run.args.sigmas else run.args.num_inference_steps
-    begin = max(steps - min(int(steps * run.args.strength), steps), 0) * order
+def begin_at(run: Run, step: int) -> None:
+    """Leaves out the steps before ``step``."""
+    begin = step * run.scheduler.order
     run.timesteps = run.scheduler.timesteps[begin:]
     if hasattr(run.scheduler, "set_begin_index"):
         run.scheduler.set_begin_index(begin)
+
+
+def truncate_schedule(run: Run) -> None:
+    """Keeps the last ``strength`` part of the schedule (SDEdit, arXiv:2108.01073).
+
+    Families differ in what is rounded down: the steps that are made, or those that are left out.
+    """
+    custom = run.args.timesteps or run.args.sigmas
+    steps = len(run.timesteps) // run.scheduler.order if custom else run.args.num_inference_steps
+    made = steps * run.args.strength
+    begin_at(run, int(steps - min(made, steps)) if run.pipe.rounds_skipped_steps else steps - min(int(made), steps))
     if len(run.timesteps) == 0:
         remedy = f"raise strength to {1 / max(steps, 1):.2g} or above, or raise num_inference_steps"
         raise ValueError(f"strength={run.args.strength} leaves none of {steps} steps to make: {remedy}")
@@ -154,18 +155,28 @@ class ImageToImage(Task):
     """Noise the given picture up to a strength, then denoise it (SDEdit, arXiv:2108.01073)."""
 
     name = "image-to-image"
+    arguments = "image strength height width"
     needs_image = "this pipeline starts from a picture; pass one, or use the text-to-image pipeline"
 
     def check(self, run: Run) -> None:
         super().check(run)
         check_strength(run)
 
+    def size(self, run: Run) -> tuple[int, int]:
+        if run.pipe.picture_sets_size and not (run.args.height and run.args.width):
+            image = run.pipe.image_processor.preprocess(run.args.image)
+            unit = run.pipe.latent_format.factor if image.shape[1] == run.pipe.latent_format.channels else 1
+            height, width = image.shape[-2] * unit, image.shape[-1] * unit
+            return run.args.height or height, run.args.width or width
+        return super().size(run)
+
     def schedule(self, run: Run) -> None:
         super().schedule(run)
-        truncate_schedule(run)
+        run.pipe.truncate(run)
 
     def prepare(self, run: Run) -> None:
-        latents = encode_pictures(run, run.pipe.image_processor.preprocess(run.args.image))
+        height, width = self.size(run)
+        latents = encode_pictures(run, run.pipe.image_processor.preprocess(run.args.image, height=height, width=width))
         noise = randn(latents.shape, generator=run.args.generator, device=run.device, dtype=latents.dtype)
         run.latents = run.scheduler.add_noise(latents, noise, run.timesteps[:1].repeat(run.batch))
 
@@ -218,6 +229,7 @@ class Inpaint(ImageToImage):
     """Paint the masked region anew: by extra channels where the denoiser has them, else by pasting the source after each step."""
 
     name = "inpaint"
+    arguments = "image mask_image masked_image_latents height width padding_mask_crop strength latents"
     callback_tensors = {
         **Task.callback_tensors,
         "mask": Named(_mask, _set_mask),
@@ -235,6 +247,9 @@ class Inpaint(ImageToImage):
             for name in ("image", "mask_image"):
                 if not hasattr(getattr(run.args, name), "size") or isinstance(getattr(run.args, name), torch.Tensor):
                     raise ValueError(f"padding_mask_crop needs {name} as one PIL picture")
+
+    def size(self, run: Run) -> tuple[int, int]:
+        return Task.size(self, run)
 
     def prepare(self, run: Run) -> None:
         args, pipe = run.args, run.pipe

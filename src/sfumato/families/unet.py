@@ -1,0 +1,58 @@
+"""What the families with a conditional U-Net share (arXiv:2112.10752)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ..pipelines.conditioning import Conditioning
+from ..pipelines.guidance import WHOLE, Weakening
+from ..pipelines.image import ATTENTION_INPUTS, ImagePipeline, attention_options, network_of
+
+ADDED = ("text_embeds", "time_ids", "image_embeds")
+"""Conditioning that reaches the U-Net as ``added_cond_kwargs``."""
+
+RESIDUALS = ("down_block_additional_residuals", "down_intrablock_additional_residuals")
+"""Conditioning of several tensors that reaches the U-Net as a tuple."""
+
+
+class UNetFamily(ImagePipeline):
+    """A conditional U-Net that predicts latents."""
+
+    adapters_before = "scheduler"
+
+    def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, weakening: Weakening = WHOLE) -> torch.Tensor:
+        return network_of(self, weakening)(x, t, **unet_inputs(conditioning, weakening), return_dict=False)[0]
+
+    def guidance_condition(self, weight: float, run_batch: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """The embedded guidance scale of distilled denoisers (B, D); ``None`` for others."""
+        width = self.unet.config.time_cond_proj_dim
+        if width is None:
+            return None
+        return guidance_embedding(torch.full((run_batch,), weight - 1.0, device=self.device), width).to(dtype)
+
+
+def unet_inputs(conditioning: Conditioning, weakening: Weakening = WHOLE) -> dict[str, Any]:
+    """Sorts conditioning into the keywords of the U-Net, or of a network that follows one."""
+    inputs: dict[str, Any] = {"cross_attention_kwargs": attention_options(conditioning, weakening)}
+    added: dict[str, Any] = {}
+    for key, value in conditioning.items():
+        name = key.partition(".")[0]
+        if name in ADDED:
+            added[key] = value
+        elif name in RESIDUALS:
+            inputs[name] = (*inputs.get(name, ()), value)
+        elif name not in ATTENTION_INPUTS:
+            inputs[key] = value
+    return {**inputs, "added_cond_kwargs": added} if added else inputs
+
+
+def guidance_embedding(weights: torch.Tensor, width: int) -> torch.Tensor:
+    """Sinusoids of 1000 times the guidance weights (arXiv:2310.04378, appendix), ``(B,)`` -> ``(B, width)``."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=weights.device) * -(math.log(10000.0) / (half - 1)))
+    angles = weights[:, None] * 1000.0 * frequencies
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.nn.functional.pad(embedding, (0, width % 2))

@@ -1,0 +1,143 @@
+"""What the families of latent picture models share: sizes, pictures in and out, the choice of guidance."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..media.processor import VaeImageProcessor
+from ..models.layers.options import AttentionOptions
+from ..outputs import ImagePipelineOutput
+from .base import DiffusionPipeline
+from .conditioning import Conditioning
+from .guidance import ClassifierFreeGuidance, Guidance, Weakening
+from .latent import LatentFormat
+from .run import Run
+from .tasks import truncate_schedule
+
+ATTENTION_INPUTS = ("regions", "image_scales", "image_tokens", "image_masks")
+"""Conditioning that reaches the attention layers as options."""
+
+
+class ImagePipeline(DiffusionPipeline):
+    """A denoiser of an autoencoder's latents.
+
+    Class attributes:
+        denoiser_name: Component that predicts.
+        output: What a call returns.
+        size_multiple: Heights and widths are multiples of this, in latents.
+        picture_sets_size: Image-to-image works at the given picture's size unless told otherwise.
+        rounds_skipped_steps: Of the steps left out by ``strength`` the number is rounded down, rather than that of those made.
+    """
+
+    denoiser_name: ClassVar[str] = "unet"
+    output: ClassVar[type] = ImagePipelineOutput
+    picture_sets_size: ClassVar[bool] = True
+    rounds_skipped_steps: ClassVar[bool] = False
+
+    @property
+    def denoiser(self) -> Any:
+        """The network that predicts."""
+        return getattr(self, self.denoiser_name)
+
+    @property
+    def latent_format(self) -> LatentFormat:
+        """How latents relate to pictures."""
+        return LatentFormat.of(self.vae)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent."""
+        return self.latent_format.factor
+
+    @property
+    def size_multiple(self) -> int:
+        """Heights and widths are multiples of this."""
+        return 8
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Floating-point type of latents and conditions."""
+        return self.denoiser.dtype
+
+    @property
+    def input_channels(self) -> int:
+        """Channels that the denoiser takes."""
+        return self.denoiser.config.in_channels
+
+    @property
+    def image_processor(self) -> VaeImageProcessor:
+        """Pictures to tensors and back."""
+        form = self.latent_format
+        return VaeImageProcessor(vae_scale_factor=form.factor, vae_latent_channels=form.channels)
+
+    @property
+    def mask_processor(self) -> VaeImageProcessor:
+        """Masks to tensors of zeros and ones."""
+        binary: dict[str, Any] = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
+        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, **binary)
+
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of a picture when none are given."""
+        size = self.denoiser.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.latent_format.factor, width * self.latent_format.factor
+
+    def check_size(self, args: Any) -> None:
+        """Refuses a height or width that the latents cannot have."""
+        multiple, factor = self.size_multiple, self.latent_format.factor
+        for name in ("height", "width"):
+            value = getattr(args, name)
+            if value is not None and (not isinstance(value, int) or value < multiple or value % multiple):
+                raise ValueError(f"{name}={value!r} must be a positive multiple of {multiple} (and of {factor} to be met exactly)")
+
+    def truncate(self, run: Run) -> None:
+        """Leaves out the part of the schedule that a given picture replaces."""
+        truncate_schedule(run)
+
+    def choose_guidance(self, run: Run) -> Guidance:
+        """The guidance that the arguments ask for."""
+        args = run.args
+        if args.guidance is not None:
+            return args.guidance
+        guided = args.guidance_scale > 1
+        return ClassifierFreeGuidance(args.guidance_scale, args.guidance_rescale) if guided else Guidance()
+
+    def decode_output(self, run: Run, **vae_extras: torch.Tensor) -> Any:
+        """Decodes the run's latents and wraps the pictures."""
+        args = run.args
+        if args.output_type == "latent":
+            return self.wrap(run, self.pack(run.latents))
+        used = vae_extras if type(self.vae).__name__ == "AsymmetricAutoencoderKL" else {}
+        extras = {k: v.to(run.device, self.vae.dtype) for k, v in used.items()}
+        decoded = self.latent_format.decode(run.latents.to(self.vae.dtype), args.generator, **extras)
+        return self.wrap_pictures(run, decoded)
+
+    def wrap_pictures(self, run: Run, decoded: torch.Tensor) -> Any:
+        """Wraps decoded pictures (B, 3, H, W)."""
+        return self.wrap(run, self.image_processor.postprocess(decoded, output_type=run.args.output_type))
+
+    def wrap(self, run: Run, images: Any) -> Any:
+        """What the call returns."""
+        return self.output(images) if run.args.return_dict else (images,)
+
+    def preview_images(self, latents: torch.Tensor) -> list[Any]:
+        """Small approximate pictures of latents."""
+        pictures = self.latent_format.preview(latents)  # already in 0..1
+        return self.image_processor.postprocess(pictures, output_type="pil", do_denormalize=[False] * len(latents))
+
+
+def network_of(pipe: ImagePipeline, weakening: Weakening) -> nn.Module:
+    """The network that makes a prediction."""
+    return pipe.denoiser if weakening.network is None else weakening.network
+
+
+def attention_options(conditioning: Conditioning, weakening: Weakening) -> AttentionOptions | None:
+    """What the conditioning and a weakening ask of the attention layers; ``None`` for nothing."""
+    regions, scales = conditioning.get("regions"), conditioning.get("image_scales")
+    tokens, masks = conditioning.several("image_tokens"), conditioning.several("image_masks")
+    if regions is None and not tokens and weakening.perturbation is None:
+        return None
+    return AttentionOptions(weakening.perturbation, regions, tokens, scales, masks)
