@@ -59,12 +59,14 @@ class UNetBase(ModelMixin):
     up_blocks: nn.ModuleList
     conv_norm_out: nn.Module | None
     mid_block: MidBlock | None
+    exact_size_only = False
 
     def _check_config(self) -> None:
         """Raises :class:`ConfigError` when values that every constructor reads are unknown or do not fit together."""
         config = self.config
         for key in ("block_out_channels", "up_block_types"):
-            spread(list(config[key]), len(config.down_block_types), key)
+            if key in config:
+                spread(list(config[key]), len(config.down_block_types), key)
         for key in ("act_fn", "time_embedding_act_fn", "timestep_post_act"):
             if config.get(key) is not None:
                 check_choice(key, config[key], ACTIVATIONS)
@@ -84,22 +86,35 @@ class UNetBase(ModelMixin):
         reversed) from the coarsest. ``attention_resampler`` is how blocks with pixel attention halve, and double: conv or resnet.
         ``context``: whether the network attends to one.
         """
-        config, widths = self.config, list(self.config.block_out_channels)
+        states = self._build_down(shared, levels, layers, attention_resampler[0], context)
+        kinds = self._kinds("up_block_types", UP_BLOCKS, attention_resampler[1], context)
+        widths = list(self.config.block_out_channels)
+        self._build_up(shared, up_levels or list(reversed(levels)), layers[::-1], kinds, widths[::-1], states)
+        self.exact_size_only = not all(block.takes_size for block in self.up_blocks[:-1])
 
-        def kinds(key: str, table: dict[str, Kind], resampler: str) -> list[Kind]:
-            found = [find_kind(key, name, table, context) for name in config[key]]
-            return [k._replace(resampler=resampler) if k == Kind("pixel", "conv") else k for k in found]
+    def _kinds(self, key: str, table: dict[str, Kind], attention_resampler: str, context: bool) -> list[Kind]:
+        """The kinds of the blocks that the configuration names under ``key``."""
+        found = [find_kind(key, name, table, context) for name in self.config[key]]
+        return [k._replace(resampler=attention_resampler) if k == Kind("pixel", "conv") else k for k in found]
 
+    def _build_down(
+        self,
+        shared: Shared,
+        levels: Sequence[Level],
+        layers: Sequence[int],
+        attention_resampler: str = "conv",
+        context: bool = True,
+    ) -> list[int]:
+        """Builds the way down, see :meth:`_build`; returns the channels of its states, the first convolution's first."""
+        widths = list(self.config.block_out_channels)
         self.down_blocks, channels, states = nn.ModuleList(), widths[0], [widths[0]]
-        for i, kind in enumerate(kinds("down_block_types", DOWN_BLOCKS, attention_resampler[0])):
+        for i, kind in enumerate(self._kinds("down_block_types", DOWN_BLOCKS, attention_resampler, context)):
             down = SkipDownBlock if kind.resampler == "skip" else DownBlock
             self.down_blocks.append(down(kind, shared, levels[i], channels, widths[i], layers[i], i < len(widths) - 1))
             channels = widths[i]
             states += cast(list[int], self.down_blocks[i].state_channels)
-        up_kinds = kinds("up_block_types", UP_BLOCKS, attention_resampler[1])
-        self._build_up(shared, up_levels or list(reversed(levels)), layers[::-1], up_kinds, widths[::-1], states)
         self.size_factor = 2 ** (len(widths) - 1)
-        self.exact_size_only = not all(block.takes_size for block in self.up_blocks[:-1])
+        return states
 
     def _build_up(
         self, shared: Shared, levels: Sequence[Level], layers: Sequence[int], kinds: Sequence[Kind], widths: Sequence[int],
@@ -137,7 +152,7 @@ class UNetBase(ModelMixin):
 
     def project_time(self, times: torch.Tensor) -> torch.Tensor:
         """``(B,)`` -> ``(B, D)``, before the linear layers."""
-        if self.config.time_embedding_type != "positional":
+        if self.config.get("time_embedding_type", "positional") != "positional":
             return self.time_proj(times)
         return sinusoids(times, self.config.block_out_channels[0], self.config.flip_sin_to_cos, self.config.freq_shift)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from ...errors import ConfigError, did_you_mean
+from ..layers.attention import additive_mask
 from ..layers.embeddings import (
     GaussianFourierProjection,
     ImageProjection,
@@ -18,8 +20,10 @@ from ..layers.embeddings import (
     TimestepEmbedding,
     sinusoids,
 )
+from ..layers.options import AttentionOptions
 from ..layers.resnet import activation
-from .base import UNetBase, check_choice
+from .base import UNetBase, check_choice, time_tensor
+from .blocks import Conditions, Level, MidBlock, Shared
 
 ADDED_INPUTS: dict[str | None, tuple[str, ...]] = {
     None: (), "text": (), "text_image": ("text_embeds", "image_embeds"), "text_time": ("text_embeds", "time_ids"),
@@ -32,6 +36,7 @@ TOKEN_INPUTS: dict[str | None, tuple[str, ...]] = {
 }  # fmt: skip
 """``encoder_hid_dim_type`` -> what ``added_cond_kwargs`` must hold."""
 
+_MID_BLOCKS = {"UNetMidBlock2DCrossAttn": "transformer", "UNetMidBlock2DSimpleCrossAttn": "added", "UNetMidBlock2D": None}
 _CLASS_TYPES = (None, "timestep", "identity", "projection", "simple_projection")
 
 
@@ -40,29 +45,44 @@ class ConditionedUNet(UNetBase):
 
     def _build_conditioning(self) -> int:
         """Builds the embeddings; returns the width of the time embedding that the blocks receive."""
-        config = self.config
-        check_choice("time_embedding_type", config.time_embedding_type, ("positional", "fourier"))
+        config = self.config  # of a network that follows a U-Net it lacks some keys
+        time_type, concat = config.get("time_embedding_type", "positional"), config.get("class_embeddings_concat", False)
+        check_choice("time_embedding_type", time_type, ("positional", "fourier"))
         check_choice("class_embed_type", config.class_embed_type, _CLASS_TYPES)
         check_choice("addition_embed_type", config.addition_embed_type, ADDED_INPUTS)
         check_choice("encoder_hid_dim_type", config.encoder_hid_dim_type, TOKEN_INPUTS)
         in_dim = config.block_out_channels[0]
-        time_dim = config.time_embedding_dim or in_dim * 4
-        if config.time_embedding_type == "fourier":
+        time_dim = config.get("time_embedding_dim") or in_dim * 4
+        if time_type == "fourier":
             time_dim = in_dim = config.time_embedding_dim or in_dim * 2
             if time_dim % 2:
                 raise ConfigError(f"time_embedding_dim={time_dim} must be even with time_embedding_type='fourier'")
             self.time_proj = GaussianFourierProjection(time_dim // 2, flip_sin_to_cos=config.flip_sin_to_cos)
-        acts = config.act_fn, config.timestep_post_act
-        self.time_embedding = TimestepEmbedding(in_dim, time_dim, *acts, config.time_cond_proj_dim)
-        act = config.time_embedding_act_fn
+        acts = config.act_fn, config.get("timestep_post_act")
+        self.time_embedding = TimestepEmbedding(in_dim, time_dim, *acts, config.get("time_cond_proj_dim"))
+        act = config.get("time_embedding_act_fn")
         self.time_embed_act = None if act is None else activation(act)
         self._build_classes(in_dim, time_dim, config.act_fn if config.class_embed_type == "timestep" else "silu")
-        if config.class_embeddings_concat and self.class_embedding is None:
+        if concat and self.class_embedding is None:
             raise ConfigError("class_embeddings_concat=True needs a class embedding: give class_embed_type or num_class_embeds")
         self._build_additions(time_dim)
         self._build_token_projection()
         self.added_inputs = frozenset((*ADDED_INPUTS[config.addition_embed_type], *TOKEN_INPUTS[config.encoder_hid_dim_type]))
-        return time_dim * 2 if config.class_embeddings_concat else time_dim
+        self.activation = activation(config.act_fn)
+        return time_dim * 2 if concat else time_dim
+
+    def _build_mid(self, shared: Shared, level: Level) -> MidBlock | None:
+        config, kind = self.config, self.config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+        check_choice("mid_block_type", kind, (*_MID_BLOCKS, None))
+        if kind is None:
+            return None
+        only_cross, attention = config.get("mid_block_only_cross_attention"), _MID_BLOCKS[kind]
+        if only_cross is None:
+            only_cross = config.only_cross_attention is True
+        # transformers in the middle always attend to the picture too
+        level = dataclasses.replace(level, only_cross_attention=only_cross and attention == "added")
+        scale, pair = config.mid_block_scale_factor, attention is not None
+        return MidBlock(attention, shared, level, config.block_out_channels[-1], scale, pair)
 
     def _need(self, chosen: str, *keys: str) -> None:
         for key in keys:
@@ -111,6 +131,19 @@ class ConditionedUNet(UNetBase):
             if name not in added:
                 raise ValueError(f"added_cond_kwargs lacks {name!r}: this network needs {', '.join(sorted(self.added_inputs))}")
 
+    def conditions(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float | int, context: torch.Tensor | None,
+        labels: torch.Tensor | None, time_condition: torch.Tensor | None, mask: torch.Tensor | None,
+        context_mask: torch.Tensor | None, added: Mapping[str, torch.Tensor], options: AttentionOptions,
+    ) -> Conditions:  # fmt: skip
+        """What the blocks are conditioned on, of the arguments that :meth:`UNet2DConditionModel.forward` describes."""
+        if added or self.added_inputs:
+            self.check_added(added)
+        dtype = self.conv_in.weight.dtype
+        temb = self.embed_time(time_tensor(timestep, sample), dtype, context, labels, time_condition, added)
+        bias, context_bias = (None if m is None else additive_mask(m, dtype) for m in (mask, context_mask))
+        return Conditions(temb, self.activation(temb), self.project_tokens(context, added), bias, context_bias, options)
+
     def embed_time(
         self, times: torch.Tensor, dtype: torch.dtype, context: torch.Tensor | None, labels: torch.Tensor | None,
         condition: torch.Tensor | None, added: Mapping[str, torch.Tensor],
@@ -121,7 +154,8 @@ class ConditionedUNet(UNetBase):
         """
         temb, classes = self.time_embedding(self.project_time(times).to(dtype), condition), self._embed_class(labels, dtype)
         if classes is not None:
-            temb = torch.cat([temb, classes], dim=-1) if self.config.class_embeddings_concat else temb + classes
+            concat = self.config.get("class_embeddings_concat")
+            temb = torch.cat([temb, classes], dim=-1) if concat else temb + classes
         if self.add_embedding is not None:
             temb = temb + self.add_embedding(*self._addition(context, added, dtype))
         return temb if self.time_embed_act is None else self.time_embed_act(temb)

@@ -9,16 +9,12 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError
-from ..layers.attention import additive_mask
 from ..layers.compute import Conv2d, pixels_last
 from ..layers.embeddings import ImageTimeEmbedding
 from ..layers.options import AttentionOptions, read_options
-from ..layers.resnet import activation
-from .base import UNet2DConditionOutput, check_choice, shared_options, time_tensor
-from .blocks import Conditions, Level, MidBlock, Shared, spread
+from .base import UNet2DConditionOutput, check_choice, shared_options
+from .blocks import Level, spread
 from .conditioning import ConditionedUNet
-
-_MID_BLOCKS = {"UNetMidBlock2DCrossAttn": "transformer", "UNetMidBlock2DSimpleCrossAttn": "added", "UNetMidBlock2D": None}
 
 
 class UNet2DConditionModel(ConditionedUNet):
@@ -96,25 +92,11 @@ class UNet2DConditionModel(ConditionedUNet):
         temb_channels = self._build_conditioning()
         shared = shared_options(self.config, temb_channels)
         layers = spread(layers_per_block, len(down_block_types), "layers_per_block")
-        levels, up_levels = _levels(self.config)
-        self._build(shared, levels, layers, up_levels)
+        levels = down_levels(self.config)
+        self._build(shared, levels, layers, _up_levels(self.config, levels))
         self.mid_block = self._build_mid(shared, levels[-1])
         self._build_out(norm_num_groups, act_fn, conv_out_kernel)
-        self.activation = activation(act_fn)
         self.center_input_sample = center_input_sample
-
-    def _build_mid(self, shared: Shared, level: Level) -> MidBlock | None:
-        config, kind = self.config, self.config.mid_block_type
-        check_choice("mid_block_type", kind, (*_MID_BLOCKS, None))
-        if kind is None:
-            return None
-        only_cross, attention = config.mid_block_only_cross_attention, _MID_BLOCKS[kind]
-        if only_cross is None:
-            only_cross = config.only_cross_attention is True
-        # transformers in the middle always attend to the picture too
-        level = dataclasses.replace(level, only_cross_attention=only_cross and attention == "added")
-        scale, pair = config.mid_block_scale_factor, attention is not None
-        return MidBlock(attention, shared, level, config.block_out_channels[-1], scale, pair)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, encoder_hidden_states: torch.Tensor | None,
@@ -153,16 +135,10 @@ class UNet2DConditionModel(ConditionedUNet):
         """
         options = read_options("cross_attention_kwargs", cross_attention_kwargs)
         added = added_cond_kwargs or {}
-        if added or self.added_inputs:
-            self.check_added(added)
-        dtype = self.conv_in.weight.dtype
         if self.center_input_sample:
             sample = 2 * sample - 1.0
-        times = time_tensor(timestep, sample)
-        temb = self.embed_time(times, dtype, encoder_hidden_states, class_labels, timestep_cond, added)
-        mask, context_mask = (None if m is None else additive_mask(m, dtype) for m in (attention_mask, encoder_attention_mask))
-        context = self.project_tokens(encoder_hidden_states, added)
-        c = Conditions(temb, self.activation(temb), context, mask, context_mask, options)
+        conditions = (class_labels, timestep_cond, attention_mask, encoder_attention_mask, added, options)
+        c = self.conditions(sample, timestep, encoder_hidden_states, *conditions)
         if isinstance(self.add_embedding, ImageTimeEmbedding) and "hint" in added:
             sample = torch.cat([sample, self.add_embedding.hint(added["hint"])], dim=1)
         uneven, states_added = self._check_sample(sample), down_block_additional_residuals
@@ -196,32 +172,30 @@ def _refuse_unoffered(num_attention_heads: Any, dual_cross_attention: bool, atte
         raise ConfigError(f"attention_type={attention_type!r} is not offered: expected 'default'")
 
 
-def _levels(config: Mapping[str, Any]) -> tuple[list[Level], list[Level]]:
-    """Reads from a configuration what each resolution has of its own: for the way down, and for the way up."""
-    count = len(config["down_block_types"])
+def down_levels(config: Mapping[str, Any]) -> list[Level]:
+    """Reads from a configuration what each resolution of the way down has of its own."""
+    heads = "attention_head_dim" if config["num_attention_heads"] is None else "num_attention_heads"
+    keys = (heads, "attention_head_dim", "cross_attention_dim", "transformer_layers_per_block", "only_cross_attention")
+    each = [spread(config[key], len(config["down_block_types"]), key) for key in keys]
+    levels = [Level(*values, groups=config["norm_num_groups"]) for values in zip(*each, strict=True)]
+    for i, (level, width) in enumerate(zip(levels, config["block_out_channels"], strict=True)):
+        for key, value in ((heads, level.heads), ("attention_head_dim", level.head_dim)):
+            if value is None or value <= 0 or value > width:
+                raise ConfigError(f"{key}={value!r} does not fit the {width} channels of level {i}")
+    return levels
 
-    def each(key: str) -> list[Any]:
-        return spread(config[key], count, key)
 
-    heads, only_cross, context = each("attention_head_dim"), each("only_cross_attention"), each("cross_attention_dim")
-    depths = each("transformer_layers_per_block")
-    up_depths = config["reverse_transformer_layers_per_block"]
-    if up_depths is None:
-        nested = [depth for depth in depths if not isinstance(depth, int)]
+def _up_levels(config: Mapping[str, Any], down: list[Level]) -> list[Level]:
+    """The same for the way up, from the coarsest."""
+    depths = config["reverse_transformer_layers_per_block"]
+    if depths is None:
+        nested = [level.depth for level in down if not isinstance(level.depth, int)]
         if nested:
             raise ConfigError(
                 f"transformer_layers_per_block gives depths of single layers ({nested[0]}), and up blocks have one layer more: "
                 "give reverse_transformer_layers_per_block too"
             )
-        up_depths = depths[::-1]
-    elif len(up_depths) != count:
-        raise ConfigError(f"reverse_transformer_layers_per_block={up_depths!r} has {len(up_depths)} values: give {count}")
-
-    def level(i: int, depth: int | Sequence[int]) -> Level:
-        width = config["block_out_channels"][i]
-        if heads[i] is None or heads[i] <= 0 or heads[i] > width:
-            raise ConfigError(f"attention_head_dim={heads[i]!r} does not fit the {width} channels of level {i}")
-        return Level(heads[i], heads[i], context[i], depth, only_cross[i], config["norm_num_groups"])
-
-    down = [level(i, depths[i]) for i in range(count)]
-    return down, [level(count - 1 - i, depth) for i, depth in enumerate(up_depths)]
+        return down[::-1]
+    if len(depths) != len(down):
+        raise ConfigError(f"reverse_transformer_layers_per_block={depths!r} has {len(depths)} values: give {len(down)}")
+    return [dataclasses.replace(level, depth=depth) for level, depth in zip(down[::-1], depths, strict=True)]
