@@ -20,7 +20,7 @@ _MODULES: dict[str, str] = {
     "models.autoencoders.vq_model": "VQModel",
     "models.autoencoders.outputs": "AutoencoderKLOutput AutoencoderTinyOutput VQEncoderOutput DecoderOutput",
     "models.autoencoders.distribution": "DiagonalGaussianDistribution",
-    "models.text_encoders.clip": "CLIPTextModel",
+    "models.text_encoders.clip": "CLIPTextModel CLIPTextModelWithProjection",
     "models.safety_checker": "StableDiffusionSafetyChecker",
     "schedulers.base": "Scheduler SchedulerMixin SchedulerOutput KarrasDiffusionSchedulers",
     "schedulers.discrete": "DDPMScheduler DDIMScheduler PNDMScheduler DDPMParallelScheduler DDIMParallelScheduler"
@@ -49,7 +49,10 @@ _MODULES: dict[str, str] = {
 
 PUBLIC: dict[str, str] = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-FORMAT_LIBRARY: dict[str, str] = {"StableDiffusionSafetyChecker": "stable_diffusion", "CLIPTextModel": "transformers"}
+FORMAT_LIBRARY: dict[str, str] = {
+    "StableDiffusionSafetyChecker": "stable_diffusion",
+    **dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), "transformers"),
+}
 """Classes that the checkpoint format files under another name than "diffusers"."""
 
 

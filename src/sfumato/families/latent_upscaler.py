@@ -14,9 +14,10 @@ from ..outputs import ImagePipelineOutput
 from ..pipelines.checks import check_generators, check_width, negative_texts, prompt_count
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.guidance import WHOLE, Weakening
+from ..pipelines.image import ImagePipeline
 from ..pipelines.run import Run
 from ..pipelines.tasks import Task, encode_pictures
-from ..pipelines.text import encode_clip_pooled
+from ..pipelines.text import encode_clip
 from ..schedulers.euler import ExplodingScheduler
 from .stable_diffusion import PARTS, StableDiffusion
 
@@ -77,13 +78,13 @@ class StableDiffusionLatentUpscalePipeline(
         embeds, pooled = args.prompt_embeds, args.pooled_prompt_embeds
         if embeds is None:
             prompts = [args.prompt] if isinstance(args.prompt, str) else list(args.prompt)
-            embeds, pooled = encode_clip_pooled(self.tokenizer, self.text_encoder, prompts)
-        run.guidance = self.choose_guidance(run)
+            embeds, pooled = encode_clip(self.tokenizer, self.text_encoder, prompts, layer="last")
+        run.guidance = ImagePipeline.choose_guidance(self, run)  # its time condition is no embedded guidance scale
         if run.guidance.branches > 1:
             negative, negative_pooled = args.negative_prompt_embeds, args.negative_pooled_prompt_embeds
             if negative is None:
                 negatives = negative_texts(args.negative_prompt, run.batch)
-                negative, negative_pooled = encode_clip_pooled(self.tokenizer, self.text_encoder, negatives)
+                negative, negative_pooled = encode_clip(self.tokenizer, self.text_encoder, negatives, layer="last")
             elif negative_pooled is None:
                 raise ValueError("negative_prompt_embeds and negative_pooled_prompt_embeds belong together: pass both or neither")
             embeds, pooled = torch.cat([negative, embeds]), torch.cat([negative_pooled, pooled])
@@ -102,6 +103,6 @@ class StableDiffusionLatentUpscalePipeline(
         # c_skip x = (c_in x) sqrt(s^2 + 1) / (s^2 + 1); c_out = s / sqrt(s^2 + 1)
         return (scaled / root + network * sigma / root).to(x.dtype)
 
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+    def encode_prompt(self, prompts: list[str]) -> Any:  # type: ignore[override]
         """Encodes prompts to token embeddings (B, N, D) and pooled embeddings (B, D)."""
-        return encode_clip_pooled(self.tokenizer, self.text_encoder, *args, **kwargs)
+        return encode_clip(self.tokenizer, self.text_encoder, prompts, layer="last")

@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..outputs import StableDiffusionPipelineOutput
-from ..pipelines.checks import check_generators, check_prompts, check_width, negative_texts, prompt_count
-from ..pipelines.conditioning import Conditioning
+from ..pipelines.checks import check_prompts, check_width, negative_texts
 from ..pipelines.run import Run
 from ..pipelines.tasks import ImageToImage, Inpaint, Task
 from ..pipelines.text import encode_clip
@@ -62,7 +61,7 @@ class StableDiffusion(UNetFamily):
 
     def check(self, run: Run) -> None:
         args = run.args
-        self.check_size(args)
+        super().check(run)
         check_prompts(args)
         config = self.unet.config
         check_width(args, ("prompt_embeds", "negative_prompt_embeds"), config.get("encoder_hid_dim") or config.cross_attention_dim)
@@ -71,26 +70,19 @@ class StableDiffusion(UNetFamily):
         if args.cross_attention_kwargs:
             raise ValueError(f"cross_attention_kwargs={args.cross_attention_kwargs!r} reaches no adapter: leave it out")
 
-    def condition(self, run: Run) -> None:
+    def embed(self, run: Run, guided: bool) -> dict[str, dict[str, torch.Tensor]]:
         args = run.args
-        run.batch = prompt_count(args) * args.num_images_per_prompt
-        check_generators(run)
-        if self.unet.config.time_cond_proj_dim is None:
-            run.guidance = self.choose_guidance(run)
-        taken = (
-            "num_images_per_prompt",
-            "negative_prompt",
-            "prompt_embeds",
-            "negative_prompt_embeds",
-            "clip_skip",
-            "prompt_syntax",
-        )
-        options = {name: getattr(args, name) for name in taken}
-        guided = run.guidance.branches > 1
-        positive, negative = self.encode_prompt(args.prompt, run.device, do_classifier_free_guidance=guided, **options)
-        states = positive if negative is None else torch.cat([negative, positive])
-        embedded = self.guidance_condition(args.guidance_scale, run.batch, states.dtype)
-        run.conditioning = Conditioning({"encoder_hidden_states": states, "timestep_cond": embedded})
+        taken = "num_images_per_prompt negative_prompt prompt_embeds negative_prompt_embeds clip_skip prompt_syntax"
+        given = {name: getattr(args, name) for name in taken.split()}
+        encoded = self.encode_prompt(args.prompt, run.device, do_classifier_free_guidance=guided, **given)
+        embedded = self.guidance_condition(run)
+        states = {name: x for name, x in zip(("positive", "negative"), encoded, strict=True) if x is not None}
+        prompts = {name: {"encoder_hidden_states": x, **embedded} for name, x in states.items()}
+        self.add_regions(run, prompts, lambda text: self._encode([text], args.clip_skip, args.prompt_syntax))
+        return prompts
+
+    def _encode(self, texts: list[str], clip_skip: int | None, syntax: str, length: int = 0) -> torch.Tensor:
+        return encode_clip(self.tokenizer, self.text_encoder, texts, clip_skip, syntax, length)[0]
 
     def encode_prompt(
         self, prompt: Texts, device: torch.device | None = None, num_images_per_prompt: int = 1,
@@ -104,13 +96,13 @@ class StableDiffusion(UNetFamily):
         """
         device = device or self.device
 
-        def encode(texts: list[str], length: int | None = None) -> torch.Tensor:
-            return encode_clip(self.tokenizer, self.text_encoder, texts, clip_skip, prompt_syntax, length)
+        def encode(texts: list[str], length: int = 0) -> torch.Tensor:
+            return self._encode(texts, clip_skip, prompt_syntax, length)
 
         negative = negative_prompt_embeds
         if prompt_embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-            prompt_embeds = encode(prompts, None if negative is None else negative.shape[1])
+            prompt_embeds = encode(prompts, 0 if negative is None else negative.shape[1])
         else:
             prompts = [""] * len(prompt_embeds)
         if do_classifier_free_guidance and negative is None:

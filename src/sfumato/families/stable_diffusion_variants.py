@@ -13,7 +13,7 @@ from ..outputs import ImagePipelineOutput
 from ..pipelines.base import DiffusionPipeline
 from ..pipelines.checks import check_generators
 from ..pipelines.conditioning import Conditioning
-from ..pipelines.guidance import EditGuidance, NoGuidance
+from ..pipelines.guidance import EditGuidance, Guidance
 from ..pipelines.run import Run
 from ..pipelines.tasks import DepthToImage, InstructEdit, Task, per_picture
 from ..random import randn
@@ -69,16 +69,10 @@ class StableDiffusionInstructPix2PixPipeline(
 
     adopts = {}
 
-    def condition(self, run: Run) -> None:
-        super().condition(run)
-        args, states = run.args, run.conditioning["encoder_hidden_states"]
-        if args.guidance_scale > 1.0 and args.image_guidance_scale >= 1.0:
-            run.guidance = EditGuidance(args.guidance_scale, args.image_guidance_scale)
-            negative, positive = states.chunk(2)
-            states = torch.cat([positive, negative, negative])
-        else:
-            run.guidance, states = NoGuidance(), states[-run.batch :]
-        run.conditioning = run.conditioning.replace(encoder_hidden_states=states)
+    def choose_guidance(self, run: Run) -> Guidance:
+        args = run.args
+        guided = args.guidance_scale > 1.0 and args.image_guidance_scale >= 1.0
+        return EditGuidance(args.guidance_scale, args.image_guidance_scale) if guided else Guidance()
 
 
 class NoisyUpscale(Task):

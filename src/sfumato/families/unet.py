@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ..pipelines.conditioning import Conditioning
-from ..pipelines.guidance import WHOLE, Weakening
+from ..pipelines.guidance import WHOLE, Guidance, Weakening
 from ..pipelines.image import ATTENTION_INPUTS, ImagePipeline, attention_options, network_of
+from ..pipelines.run import Run
 
 ADDED = ("text_embeds", "time_ids", "image_embeds")
 """Conditioning that reaches the U-Net as ``added_cond_kwargs``."""
@@ -26,12 +27,17 @@ class UNetFamily(ImagePipeline):
     def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, weakening: Weakening = WHOLE) -> torch.Tensor:
         return network_of(self, weakening)(x, t, **unet_inputs(conditioning, weakening), return_dict=False)[0]
 
-    def guidance_condition(self, weight: float, run_batch: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """The embedded guidance scale of distilled denoisers (B, D); ``None`` for others."""
+    def choose_guidance(self, run: Run) -> Guidance:
+        embeds_scale = self.unet.config.time_cond_proj_dim is not None  # a distilled denoiser guides itself
+        return Guidance() if embeds_scale else super().choose_guidance(run)
+
+    def guidance_condition(self, run: Run) -> dict[str, torch.Tensor]:
+        """The embedded guidance scale (B, D) that distilled denoisers read."""
         width = self.unet.config.time_cond_proj_dim
         if width is None:
-            return None
-        return guidance_embedding(torch.full((run_batch,), weight - 1.0, device=self.device), width).to(dtype)
+            return {}
+        weights = torch.full((run.batch,), run.args.guidance_scale - 1.0, device=run.device)
+        return {"timestep_cond": guidance_embedding(weights, width).to(self.compute_dtype)}
 
 
 def unet_inputs(conditioning: Conditioning, weakening: Weakening = WHOLE) -> dict[str, Any]:

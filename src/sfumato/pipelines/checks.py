@@ -88,3 +88,12 @@ def check_generators(run: Run) -> None:
         raise TypeError(f"generator={generator!r} must be torch.Generator().manual_seed(seed), or a list of such")
     if isinstance(generator, (list, tuple)) and len(generator) != run.batch:
         raise ValueError(f"{len(generator)} generators for {run.batch} pictures: pass one, or one per picture")
+
+
+def check_regions(regions: Any) -> None:
+    """Refuses regions that are no list of (prompt, mask)."""
+    if regions is None:
+        return
+    pairs = isinstance(regions, (list, tuple)) and regions and all(isinstance(r, tuple) and len(r) == 2 for r in regions)
+    if not pairs or not all(isinstance(text, str) for text, _ in regions):
+        raise ValueError(f"regions={regions!r} must be a list of (prompt, mask), the mask white where the prompt holds")

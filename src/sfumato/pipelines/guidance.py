@@ -40,9 +40,14 @@ class Pass(NamedTuple):
 
 @dataclass
 class Guidance:
-    """How predictions combine. ``branches`` are stacked along the batch of the conditioning, in a fixed order."""
+    """How predictions combine. ``layout`` says which prompt each branch of the conditioning has, stacked along the batch."""
 
-    branches: ClassVar[int] = 1
+    layout: ClassVar[tuple[str, ...]] = ("positive",)
+
+    @property
+    def branches(self) -> int:
+        """Number of branches."""
+        return len(self.layout)
 
     def bound(self, pipe: DiffusionPipeline) -> Guidance:
         """A copy for one run of ``pipe``; errors here name what the pipeline lacks."""
@@ -75,7 +80,7 @@ class ClassifierFreeGuidance(Guidance):
         start, stop: Part of the steps, 0..1, in which it guides (arXiv:2404.07724).
     """
 
-    branches: ClassVar[int] = 2
+    layout = ("negative", "positive")
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
     start: float = 0.0
@@ -115,7 +120,7 @@ class EditGuidance(Guidance):
     ``guidance_scale`` is the weight of the instruction, ``image_guidance_scale`` that of the picture.
     """
 
-    branches: ClassVar[int] = 3
+    layout = ("positive", "negative", "negative")
     guidance_scale: float = 7.5
     image_guidance_scale: float = 1.5
 

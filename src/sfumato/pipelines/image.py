@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from ..media.processor import VaeImageProcessor
 from ..models.layers.options import AttentionOptions
 from ..outputs import ImagePipelineOutput
 from .base import DiffusionPipeline
+from .checks import check_generators, check_regions, prompt_count
 from .conditioning import Conditioning
 from .guidance import ClassifierFreeGuidance, Guidance, Weakening
 from .latent import LatentFormat
@@ -85,6 +87,10 @@ class ImagePipeline(DiffusionPipeline):
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.latent_format.factor, width * self.latent_format.factor
 
+    def check(self, run: Run) -> None:
+        self.check_size(run.args)
+        check_regions(run.args.regions)
+
     def check_size(self, args: Any) -> None:
         """Refuses a height or width that the latents cannot have."""
         multiple, factor = self.size_multiple, self.latent_format.factor
@@ -104,6 +110,40 @@ class ImagePipeline(DiffusionPipeline):
             return args.guidance
         guided = args.guidance_scale > 1
         return ClassifierFreeGuidance(args.guidance_scale, args.guidance_rescale) if guided else Guidance()
+
+    def condition(self, run: Run) -> None:
+        args = run.args
+        run.batch = prompt_count(args) * args.num_images_per_prompt
+        check_generators(run)
+        run.guidance = self.choose_guidance(run)
+        prompts = self.embed(run, "negative" in run.guidance.layout)
+        branches = [prompts[name] for name in run.guidance.layout]
+        stacked = {key: torch.cat([branch[key] for branch in branches]) for key in branches[0]}
+        run.conditioning = Conditioning(stacked)
+
+    def embed(self, run: Run, guided: bool) -> dict[str, dict[str, torch.Tensor]]:
+        """Encodes the prompts of a run: conditioning of the ``"positive"`` and, if ``guided``, of the ``"negative"`` ones.
+
+        Each tensor has one row per picture.
+        """
+        raise NotImplementedError
+
+    def add_regions(self, run: Run, prompts: dict[str, dict[str, torch.Tensor]], encode: Callable[[str], torch.Tensor]) -> None:
+        """Adds the prompts of regions to encoded ones; ``encode`` gives the tokens (1, N, D) of one.
+
+        The tokens of the regions follow those of the prompt, which holds everywhere.
+        """
+        if run.args.regions is None:
+            return
+        height, width = self.task.size(run)
+        texts, masks = zip(*run.args.regions, strict=True)
+        areas = [self.mask_processor.preprocess(mask, height=height, width=width) for mask in masks]  # (1, 1, H, W) each
+        held = torch.cat([torch.ones_like(areas[0]), *areas], dim=1).to(run.device)
+        for name, tensors in prompts.items():
+            own = tensors["encoder_hidden_states"]
+            others = [encode(text).to(own).expand_as(own) if name == "positive" else own for text in texts]
+            tensors["encoder_hidden_states"] = torch.cat([own, *others], dim=1)
+            tensors["regions"] = held.expand(len(own), -1, -1, -1)
 
     def decode_output(self, run: Run, **vae_extras: torch.Tensor) -> Any:
         """Decodes the run's latents and wraps the pictures."""

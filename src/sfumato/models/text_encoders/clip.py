@@ -36,6 +36,15 @@ class CLIPTextOutput(BaseOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
+@dataclass
+class CLIPTextProjectedOutput(BaseOutput):
+    """Encoded texts: ``text_embeds`` (B, P), the end token's state in the joint space, and as :class:`CLIPTextOutput`."""
+
+    text_embeds: torch.Tensor
+    last_hidden_state: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
 class CLIPAttention(nn.Module):
     """Causal self-attention."""
 
@@ -148,8 +157,32 @@ class CLIPTextModel(ModelMixin):
 
     @classmethod
     def downgrade_state_dict(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {_PREFIX + key: tensor for key, tensor in tensors.items()}
+        return {key if key.startswith("text_projection") else _PREFIX + key: tensor for key, tensor in tensors.items()}
 
     def to_json_string(self) -> str:
         config = {k: plain(v) for k, v in sorted(self.config.items()) if not k.startswith("_")}
-        return json.dumps({**config, "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}, indent=2) + "\n"
+        return json.dumps({**config, "architectures": [type(self).__name__], "model_type": "clip_text_model"}, indent=2) + "\n"
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """CLIP's text transformer with the projection of the end token's state into the joint space of texts and pictures.
+
+    Args:
+        projection_dim: Width P of the joint space. The others are those of :class:`CLIPTextModel`.
+    """
+
+    def __init__(
+        self, vocab_size: int = 49408, hidden_size: int = 512, intermediate_size: int = 2048, projection_dim: int = 512,
+        num_hidden_layers: int = 12, num_attention_heads: int = 8, max_position_embeddings: int = 77,
+        hidden_act: str = "quick_gelu", layer_norm_eps: float = 1e-5, eos_token_id: int = 49407,
+    ) -> None:  # fmt: skip
+        layers = (num_hidden_layers, num_attention_heads, max_position_embeddings, hidden_act, layer_norm_eps, eos_token_id)
+        super().__init__(vocab_size, hidden_size, intermediate_size, projection_dim, *layers)
+        self.text_projection = Linear(hidden_size, projection_dim, bias=False)
+
+    def forward(  # type: ignore[override]
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, output_hidden_states: bool = False
+    ) -> CLIPTextProjectedOutput:
+        """As :class:`CLIPTextModel`, with the projected state in place of the pooled one."""
+        out = super().forward(input_ids, attention_mask, output_hidden_states)
+        return CLIPTextProjectedOutput(self.text_projection(out.pooler_output), out.last_hidden_state, out.hidden_states)
