@@ -177,7 +177,7 @@ def down_levels(config: Mapping[str, Any]) -> list[Level]:
     heads = "attention_head_dim" if config["num_attention_heads"] is None else "num_attention_heads"
     keys = (heads, "attention_head_dim", "cross_attention_dim", "transformer_layers_per_block", "only_cross_attention")
     each = [spread(config[key], len(config["down_block_types"]), key) for key in keys]
-    levels = [Level(*values, groups=config["norm_num_groups"]) for values in zip(*each, strict=True)]
+    levels = [Level(*values) for values in zip(*each, [config["norm_num_groups"]] * len(each[0]), strict=True)]
     for i, (level, width) in enumerate(zip(levels, config["block_out_channels"], strict=True)):
         for key, value in ((heads, level.heads), ("attention_head_dim", level.head_dim)):
             if value is None or value <= 0 or value > width:

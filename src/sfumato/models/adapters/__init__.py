@@ -1,0 +1,1 @@
+"""Networks that turn a picture into features for a denoiser."""

@@ -1,0 +1,1 @@
+"""Networks that follow a U-Net or a transformer and steer it."""
