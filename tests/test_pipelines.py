@@ -28,6 +28,11 @@ CALLS: dict[str, dict[str, Any]] = {
     "StableDiffusionLatentUpscalePipeline": {**TEXT, "image": tiny.picture()},
     "StableDiffusionInstructPix2PixPipeline": {**TEXT, "image": tiny.picture()},
     "StableDiffusionImageVariationPipeline": {"image": tiny.picture(), "num_inference_steps": 4, "output_type": "np"},
+    "StableDiffusionXLPipeline": TEXT,
+    "StableDiffusionXLImg2ImgPipeline": {**TEXT, "image": tiny.picture(), "strength": 0.75},
+    "refiner": {**TEXT, "image": tiny.picture(), "strength": 0.75},
+    "StableDiffusionXLInpaintPipeline": {**TEXT, "image": tiny.picture(), "mask_image": tiny.mask(), "strength": 0.75},
+    "xl inpaint9": {**TEXT, "image": tiny.picture(), "mask_image": tiny.mask(), "strength": 0.9999},
     "DDPMPipeline": {"num_inference_steps": 4, "output_type": "np", "batch_size": 2},
     "DDIMPipeline": {"num_inference_steps": 4, "output_type": "np", "batch_size": 2, "eta": 0.5},
     "LDMSuperResolutionPipeline": {"image": SMALL, "num_inference_steps": 4, "output_type": "np"},
@@ -64,7 +69,8 @@ def assert_same(reference: Any, pipe: Any, seed: int | list[int] = 3, tolerance:
 def with_scheduler(library: Any, pipe: Any, name: str) -> Any:
     """The same components with another scheduler."""
     parts = {**pipe.components, "scheduler": getattr(library, name).from_config(pipe.scheduler.config)}
-    made = type(pipe)(**parts)
+    options = {k: v for k, v in pipe.config.items() if k in ("requires_aesthetics_score", "force_zeros_for_empty_prompt")}
+    made = type(pipe)(**parts, **options)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -179,6 +185,40 @@ VARIED = {
     "latent upscale, latents out": ("StableDiffusionLatentUpscalePipeline", dict(output_type="latent")),
     "variation in numbers": ("StableDiffusionImageVariationPipeline", dict(num_images_per_prompt=2)),
     "variations of two": ("StableDiffusionImageVariationPipeline", dict(image=[tiny.picture(1), tiny.picture(2)])),
+    "XL, no negative prompt": ("StableDiffusionXLPipeline", dict(negative_prompt=None)),
+    "XL without guidance": ("StableDiffusionXLPipeline", dict(guidance_scale=1.0)),
+    "XL, second prompts": ("StableDiffusionXLPipeline", dict(prompt_2="a blue apple", negative_prompt_2="cat")),
+    "XL, clip skip": ("StableDiffusionXLPipeline", dict(clip_skip=1)),
+    "XL, rescaled": ("StableDiffusionXLPipeline", dict(guidance_rescale=0.7)),
+    "XL, the base's part": ("StableDiffusionXLPipeline", dict(denoising_end=0.6, num_inference_steps=10, output_type="latent")),
+    "XL, sizes": (
+        "StableDiffusionXLPipeline",
+        dict(original_size=(64, 48), crops_coords_top_left=(4, 8), target_size=(40, 40), negative_original_size=(16, 16)),
+    ),
+    "XL, negative sizes": (
+        "StableDiffusionXLPipeline",
+        dict(negative_original_size=(16, 16), negative_target_size=(24, 8), negative_crops_coords_top_left=(2, 0)),
+    ),
+    "XL, crops of a picture": ("StableDiffusionXLImg2ImgPipeline", dict(crops_coords_top_left=(4, 8))),
+    "refiner's part": (
+        "refiner",
+        dict(
+            image=torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), denoising_start=0.6, num_inference_steps=10
+        ),
+    ),
+    "refiner, a stretch": (
+        "refiner",
+        dict(
+            image=torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+            denoising_start=0.3,
+            denoising_end=0.8,
+            num_inference_steps=10,
+            output_type="latent",
+        ),
+    ),
+    "refiner, scores": ("refiner", dict(aesthetic_score=7.5, negative_aesthetic_score=1.0)),
+    "XL inpaint, later part": ("StableDiffusionXLInpaintPipeline", dict(denoising_start=0.5, num_inference_steps=10)),
+    "XL inpaint at full strength": ("StableDiffusionXLInpaintPipeline", dict(strength=1.0)),
     "DDIM without noise": ("DDIMPipeline", dict(eta=0.0, output_type="pil")),
     "super-resolution of PIL": ("LDMSuperResolutionPipeline", dict(image=tiny.picture(size=(40, 32)))),
 }

@@ -66,8 +66,8 @@ def vae(**changes: Any) -> Any:
     return diffusers.AutoencoderKL(**{**config, **changes})
 
 
-def text_encoder(vocab_size: int, **changes: Any) -> Any:
-    """A tiny CLIP text model."""
+def text_encoder(vocab_size: int, projected: bool = False, **changes: Any) -> Any:
+    """A tiny CLIP text model, perhaps with projection."""
     config: dict[str, Any] = dict(
         vocab_size=vocab_size,
         hidden_size=32,
@@ -77,7 +77,8 @@ def text_encoder(vocab_size: int, **changes: Any) -> Any:
         max_position_embeddings=77,
     )
     config |= dict(bos_token_id=vocab_size - 2, eos_token_id=vocab_size - 1, pad_token_id=vocab_size - 1, projection_dim=32)
-    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**{**config, **changes})).eval()
+    cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    model = cls(transformers.CLIPTextConfig(**{**config, **changes})).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("final_layer_norm.bias"):
             torch.nn.init.normal_(parameter, mean=0.5)  # trained encoders have a mean; weighted prompts preserve it
@@ -191,6 +192,27 @@ def _variation(name: str, folder: Path) -> Any:
     return diffusers.StableDiffusionImageVariationPipeline(**parts, safety_checker=None, requires_safety_checker=False)
 
 
+def _stable_diffusion_xl(name: str, folder: Path) -> Any:
+    words, refiner = tokenizer(folder.parent / f"{folder.name}-tokenizer"), name == "refiner"
+    scored = "Img2Img" in name or "Inpaint" in name or refiner
+    denoiser = unet(
+        in_channels=9 if name == "xl inpaint9" else 4, attention_head_dim=(2, 4), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=(5 if refiner else 6) * 8 + 32, cross_attention_dim=32 if refiner else 64,
+    )  # fmt: skip
+    encoders = dict(text_encoder=None, tokenizer=None) if refiner else dict(text_encoder=text_encoder(len(words)), tokenizer=words)
+    second = text_encoder(len(words), projected=True, hidden_act="gelu")
+    cls = getattr(
+        diffusers,
+        {"refiner": "StableDiffusionXLImg2ImgPipeline", "xl inpaint9": "StableDiffusionXLInpaintPipeline"}.get(name, name),
+    )
+    options = {"requires_aesthetics_score": refiner} if scored else {}
+    return cls(
+        vae=vae(), unet=denoiser, scheduler=scheduler("EulerDiscreteScheduler", timestep_spacing="leading", steps_offset=1),
+        text_encoder_2=second, tokenizer_2=words, **encoders, **options,
+    )  # fmt: skip
+
+
 def pixel_unet(**changes: Any) -> Any:
     """A tiny unconditional U-Net."""
     config: dict[str, Any] = dict(
@@ -220,6 +242,8 @@ def _super_resolution(name: str, folder: Path) -> Any:
 
 
 _BUILDERS = {
+    **dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "refiner"), _stable_diffusion_xl),
+    **dict.fromkeys(("StableDiffusionXLInpaintPipeline", "xl inpaint9"), _stable_diffusion_xl),
     "StableDiffusionDepth2ImgPipeline": _depth,
     "StableDiffusionUpscalePipeline": _upscale,
     "StableDiffusionLatentUpscalePipeline": _latent_upscale,

@@ -22,6 +22,12 @@ _MODULES: dict[str, str] = {
     "models.autoencoders.distribution": "DiagonalGaussianDistribution",
     "models.text_encoders.clip": "CLIPTextModel CLIPTextModelWithProjection",
     "models.safety_checker": "StableDiffusionSafetyChecker",
+    "models.transformers.outputs": "Transformer2DModelOutput",
+    "models.transformers.sd3": "SD3Transformer2DModel",
+    "models.transformers.flux": "FluxTransformer2DModel",
+    "models.controlnets.sd3": "SD3ControlNetModel SD3MultiControlNetModel SD3ControlNetOutput",
+    "models.controlnets.flux": "FluxControlNetModel FluxMultiControlNetModel FluxControlNetOutput",
+    "models.redux": "ReduxImageEncoder ReduxImageEncoderOutput",
     "schedulers.base": "Scheduler SchedulerMixin SchedulerOutput KarrasDiffusionSchedulers",
     "schedulers.discrete": "DDPMScheduler DDIMScheduler PNDMScheduler DDPMParallelScheduler DDIMParallelScheduler"
     " DDIMInverseScheduler RePaintScheduler UnCLIPScheduler DDPMWuerstchenScheduler CogVideoXDDIMScheduler CogVideoXDPMScheduler",
@@ -43,6 +49,8 @@ _MODULES: dict[str, str] = {
     "families.stable_diffusion": "StableDiffusionPipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline",
     "families.stable_diffusion_variants": "StableDiffusionDepth2ImgPipeline StableDiffusionUpscalePipeline"
     " StableDiffusionInstructPix2PixPipeline StableDiffusionImageVariationPipeline",
+    "families.stable_diffusion_xl_pipelines": "StableDiffusionXLPipeline StableDiffusionXLImg2ImgPipeline"
+    " StableDiffusionXLInpaintPipeline",
     "families.latent_upscaler": "StableDiffusionLatentUpscalePipeline",
     "families.unconditional": "DDPMPipeline DDIMPipeline LDMSuperResolutionPipeline",
 }

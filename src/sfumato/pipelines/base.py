@@ -288,6 +288,9 @@ class DiffusionPipeline:
         """Arguments of the scheduler's ``set_timesteps``, from those ``given`` by the caller or by the number of steps."""
         return given
 
+    def limit(self, run: Run) -> None:
+        """Leaves out steps at the end of the run's schedule."""
+
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) in the form that callers see."""
         return latents

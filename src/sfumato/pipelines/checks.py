@@ -97,3 +97,23 @@ def check_regions(regions: Any) -> None:
     pairs = isinstance(regions, (list, tuple)) and regions and all(isinstance(r, tuple) and len(r) == 2 for r in regions)
     if not pairs or not all(isinstance(text, str) for text, _ in regions):
         raise ValueError(f"regions={regions!r} must be a list of (prompt, mask), the mask white where the prompt holds")
+
+
+def check_fraction(args: Any, name: str) -> None:
+    """Refuses a part of the schedule that does not lie between 0 and 1; ``None`` is none."""
+    value = getattr(args, name)
+    if value is not None and not (isinstance(value, Real) and 0 < float(value) < 1):
+        raise ValueError(f"{name}={value!r} must lie between 0 and 1, a part of the schedule")
+
+
+def check_pooled(args: Any) -> None:
+    """Refuses token embeddings without their pooled ones, or the other way round."""
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        pooled = name.replace("prompt", "pooled_prompt")
+        if (getattr(args, name) is None) != (getattr(args, pooled) is None):
+            raise ValueError(f"{name} and {pooled} belong together: pass both or neither, as encode_prompt returns them")
+
+
+def as_list(texts: Any) -> list[str]:
+    """Texts as a list; nothing is an empty one."""
+    return [texts] if isinstance(texts, str) else list(texts or [])

@@ -99,6 +99,10 @@ class ImagePipeline(DiffusionPipeline):
             if value is not None and (not isinstance(value, int) or value < multiple or value % multiple):
                 raise ValueError(f"{name}={value!r} must be a positive multiple of {multiple} (and of {factor} to be met exactly)")
 
+    def adds_noise(self, run: Run) -> bool:
+        """Whether a given picture is clean, so that noise must be added where the schedule begins."""
+        return True
+
     def truncate(self, run: Run) -> None:
         """Leaves out the part of the schedule that a given picture replaces."""
         truncate_schedule(run)

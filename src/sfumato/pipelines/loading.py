@@ -27,9 +27,10 @@ _PROCESSOR = ("a tokenizer or processor", lambda c: callable(c) and not isinstan
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "unet": ("a denoiser", lambda c: isinstance(c, torch.nn.Module) and not hasattr(c, "decode")),
     **dict.fromkeys(("vae", "vqvae"), _AUTOENCODER),
-    **dict.fromkeys(("text_encoder", "image_encoder", "safety_checker", "depth_estimator"), _NETWORK),
+    **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder"), _NETWORK),
+    **dict.fromkeys(("transformer", "controlnet", "adapter", "safety_checker", "depth_estimator"), _NETWORK),
     **dict.fromkeys(("scheduler", "low_res_scheduler"), _SCHEDULER),
-    **dict.fromkeys(("tokenizer", "feature_extractor"), _PROCESSOR),
+    **dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor"), _PROCESSOR),
 }
 _TRANSFORMERS_WEIGHTS = "model.safetensors"
 # What a component of another library may consist of, beside weights: configuration, vocabularies, and nothing executable.

@@ -68,9 +68,14 @@ class Task:
         given = custom or {"num_inference_steps": args.num_inference_steps}
         scheduler.set_timesteps(**run.pipe.schedule_options(run, given), device=run.device)
         run.timesteps = scheduler.timesteps
+        self.truncate(run)
+        run.pipe.limit(run)
         takes = accepted(type(scheduler).step)
         options = {"eta": args.eta, "generator": args.generator, "use_clipped_model_output": args.use_clipped_model_output}
         run.step_options = {k: v for k, v in options.items() if k in takes and v is not None}
+
+    def truncate(self, run: Run) -> None:
+        """Leaves out steps at the beginning."""
 
     def prepare(self, run: Run) -> None:
         """Makes the starting latents."""
@@ -170,15 +175,18 @@ class ImageToImage(Task):
             return run.args.height or height, run.args.width or width
         return super().size(run)
 
-    def schedule(self, run: Run) -> None:
-        super().schedule(run)
+    def truncate(self, run: Run) -> None:
         run.pipe.truncate(run)
 
     def prepare(self, run: Run) -> None:
         height, width = self.size(run)
         latents = encode_pictures(run, run.pipe.image_processor.preprocess(run.args.image, height=height, width=width))
-        noise = randn(latents.shape, generator=run.args.generator, device=run.device, dtype=latents.dtype)
-        run.latents = run.scheduler.add_noise(latents, noise, run.timesteps[:1].repeat(run.batch))
+        if run.args.latents is not None:
+            latents = self.noise_of_shape(run, tuple(latents.shape))
+        elif run.pipe.adds_noise(run):
+            noise = randn(latents.shape, generator=run.args.generator, device=run.device, dtype=latents.dtype)
+            latents = run.scheduler.add_noise(latents, noise, run.timesteps[:1].repeat(run.batch))
+        run.latents = latents
 
 
 class DepthToImage(ImageToImage):
@@ -259,10 +267,13 @@ class Inpaint(ImageToImage):
             crop = pipe.mask_processor.get_crop_region(args.mask_image, width, height, pad=args.padding_mask_crop)
             mode = "fill"
         image = pipe.image_processor.preprocess(args.image, height=height, width=width, crops_coords=crop, resize_mode=mode).float()
-        by_channels = pipe.input_channels == 9
-        source = encode_pictures(run, image) if not by_channels or (args.latents is None and args.strength < 1) else None
+        by_channels, noisy = pipe.input_channels == 9, pipe.adds_noise(run)
+        needed = not by_channels or (args.latents is None and (args.strength < 1 or not noisy))
+        source = encode_pictures(run, image) if needed else None
         noise = self.noise(run)
-        if args.strength < 1 and args.latents is None and source is not None:
+        if not noisy and source is not None:
+            run.latents = source
+        elif args.strength < 1 and args.latents is None and source is not None:
             run.latents = run.scheduler.add_noise(source, noise, run.timesteps[:1].repeat(run.batch))
         else:
             run.latents = noise * run.scheduler.init_noise_sigma

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,22 @@ def encode_clip(
     use_mask = getattr(text_encoder.config, "use_attention_mask", False)
     mask = tokens.attention_mask.to(text_encoder.device) if use_mask else None
     return _run_encoder(text_encoder, tokens.input_ids.to(text_encoder.device), mask, clip_skip, layer)
+
+
+def encode_clips(
+    parts: Sequence[tuple[Any, Any, list[str]]], clip_skip: int | None, syntax: str, length: int = 0
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Encodes prompts with several CLIP models, each (tokenizer, text encoder, prompts), before their last layers.
+
+    Returns:
+        Tokens side by side ``(B, N, D1 + D2 ...)``, and the pooled embeddings of each model ``(B, P)``.
+    """
+    found = [encode_clip(t, e, x, clip_skip, syntax, length, "penultimate") for t, e, x in parts]
+    most = max(states.shape[1] for states, _ in found)
+    if any(states.shape[1] < most for states, _ in found):  # weighted prompts of different lengths
+        return encode_clips(parts, clip_skip, syntax, most)
+    device = found[0][0].device
+    return torch.cat([states.to(device) for states, _ in found], dim=-1), [pooled for _, pooled in found]
 
 
 def _warn_of_cut(tokenizer: Any, prompts: list[str], limit: int) -> None:
