@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
@@ -21,6 +21,7 @@ from ..unets.base import check_choice, shared_options
 from ..unets.blocks import Conditions, spread
 from ..unets.conditioning import ConditionedUNet
 from ..unets.unet_2d_condition import UNet2DConditionModel, down_levels
+from .residuals import start_from, zeroed
 
 _C = TypeVar("_C", bound="ControlNetBase")
 Scale = float | torch.Tensor
@@ -46,10 +47,25 @@ class ControlNetOutput(BaseOutput):
 
 def zero_conv(in_channels: int, out_channels: int, kernel: int = 1) -> Conv2d:
     """A convolution that answers zero before training (section 3.1)."""
-    conv = Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-    return conv
+    return zeroed(Conv2d(in_channels, out_channels, kernel, padding=kernel // 2))
+
+
+_NOT_FOLLOWED = (
+    "sample_size",
+    "out_channels",
+    "up_block_types",
+    "reverse_transformer_layers_per_block",
+    "conv_out_kernel",
+    "dropout",
+)
+"""Keys of a U-Net that a ControlNet need not know."""
+
+
+def check_followed(unet: UNet2DConditionModel, known: Collection[str]) -> None:
+    """Raises :class:`ConfigError` if a U-Net has something unusual under a key that is not ``known``."""
+    for key, parameter in UNet2DConditionModel._init_parameters().items():
+        if key not in known and (value := unet.config[key]) != parameter.default:
+            raise ConfigError(f"a U-Net with {key}={value!r} cannot be followed: it must be {parameter.default!r}")
 
 
 class ControlNetConditioningEmbedding(nn.Module):
@@ -123,17 +139,10 @@ class ControlNetBase(ConditionedUNet):
             "conditioning_channels": conditioning_channels,
         }
         known = cls._init_parameters()
+        check_followed(unet, {*known, *_NOT_FOLLOWED})
         network = cls(**{key: value for key, value in unet.config.items() if key in known}, **own)
         if load_weights_from_unet:
-            source, target = unet.state_dict(), network.state_dict()
-            shared = {key: source[key] for key in target if key in source}
-            uncopied = [k for k in source if k not in target and not k.startswith(("up_blocks.", "conv_norm_out.", "conv_out."))]
-            if differing := [key for key, value in shared.items() if value.shape != target[key].shape] + uncopied:
-                remedy = "only U-Nets with the keys of a ControlNet can be followed"
-                raise ConfigError(
-                    f"{cls.__name__} cannot take {differing[0]!r} from this U-Net ({len(differing)} in all): {remedy}"
-                )
-            network.load_state_dict({**target, **shared})
+            start_from(network, unet)
         return network
 
     def _embed_picture(self, name: str, picture: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:

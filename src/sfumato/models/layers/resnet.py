@@ -46,16 +46,16 @@ class Upsample2D(nn.Module):
 class Downsample2D(nn.Module):
     """Halves height and width, by a strided 3x3 convolution or by 2x2 averages.
 
-    ``padding`` is the convolution's; 0 pads right and below only, as autoencoders of this format do.
+    ``padding`` is the convolution's, 0 pads right and below only, as autoencoders of this format do; so are ``out_channels``.
     """
 
-    def __init__(self, channels: int, use_conv: bool = True, padding: int = 1) -> None:
+    def __init__(self, channels: int, use_conv: bool = True, padding: int = 1, out_channels: int | None = None) -> None:
         super().__init__()
         self.padding = padding
-        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding) if use_conv else None
+        self.conv = Conv2d(channels, out_channels or channels, 3, stride=2, padding=padding) if use_conv else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(B, C, H, W)`` -> ``(B, C, H/2, W/2)``."""
+        """``(B, C, H, W)`` -> ``(B, C', H/2, W/2)``."""
         if self.conv is None:
             return F.avg_pool2d(x, 2)
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == 0 else x)

@@ -40,6 +40,14 @@ _MID_BLOCKS = {"UNetMidBlock2DCrossAttn": "transformer", "UNetMidBlock2DSimpleCr
 _CLASS_TYPES = (None, "timestep", "identity", "projection", "simple_projection")
 
 
+def text_and_sizes(added: Mapping[str, torch.Tensor], dim: int, flip_sin_to_cos: bool, freq_shift: float) -> torch.Tensor:
+    """What ``"text_time"`` embeds: the pooled text and the sizes, each number of them as ``dim`` sinusoids, (B, C + 6 * dim)."""
+    ids = added["time_ids"]
+    sizes = sinusoids(ids.flatten(), dim, flip_sin_to_cos, freq_shift)
+    # (B * 6, D) -> (B, 6 * D)
+    return torch.cat([added["text_embeds"], sizes.reshape(ids.shape[0], -1)], dim=-1)
+
+
 class ConditionedUNet(UNetBase):
     """A U-Net with the embeddings of the conditional models; built from the configuration, by its key names."""
 
@@ -170,10 +178,7 @@ class ConditionedUNet(UNetBase):
         if kind == "text_image":
             return added["text_embeds"], added["image_embeds"]
         if kind == "text_time":
-            ids = added["time_ids"]
-            sizes = sinusoids(ids.flatten(), config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift)
-            # (B * 6, D) -> (B, 6 * D)
-            return (torch.cat([added["text_embeds"], sizes.reshape(ids.shape[0], -1)], dim=-1).to(dtype),)
+            return (text_and_sizes(added, config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift).to(dtype),)
         return (added["image_embeds"],)
 
     def project_tokens(self, context: torch.Tensor | None, added: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
