@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
+from typing import Any
 
 
 class SfumatoError(Exception):
@@ -33,3 +34,13 @@ def refuse_unknown(names: Iterable[str], known: Collection[str], what: str, erro
     for name in names:
         if name not in known:
             raise error(f"{what} {name!r}{did_you_mean(name, known)}")
+
+
+def check_shape(name: str, tensor: Any, shape: tuple[int | None, ...], note: str = "") -> None:
+    """Raises :class:`ValueError` unless ``tensor`` has ``shape``, where ``None`` is any number; ``note`` says what to do."""
+    if tensor is None:
+        raise ValueError(f"{name} is missing: this network needs it{note and f'; {note}'}")
+    given = tuple(tensor.shape)
+    if len(given) != len(shape) or any(want not in (None, got) for got, want in zip(given, shape, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {given}, expected ({wanted}){note and f': {note}'}")

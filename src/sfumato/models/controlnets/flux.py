@@ -57,8 +57,8 @@ class FluxControlNetModel(FluxBase):
         if conditioning_embedding_channels is not None:
             if conditioning_embedding_channels * patch_size**2 != in_channels:
                 raise ConfigError(
-                    f"conditioning_embedding_channels={conditioning_embedding_channels} in patches of patch_size={patch_size} do not "
-                    f"make in_channels={in_channels} channels"
+                    f"conditioning_embedding_channels={conditioning_embedding_channels} in patches of patch_size={patch_size} "
+                    f"do not make in_channels={in_channels} channels"
                 )
             self.input_hint_block = ControlNetConditioningEmbedding(conditioning_embedding_channels, widths=(16, 16, 16, 16))
         self.controlnet_x_embedder = zeroed(nn.Linear(in_channels, self.inner_dim))
@@ -182,8 +182,8 @@ class FluxMultiControlNetModel(Several):
         Args:
             hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance,
                 joint_attention_kwargs, return_dict: Of all.
-            controlnet_cond, controlnet_mode, conditioning_scale: A picture, its kind (``None`` for a network that is no union)
-                and a weight for each network; for a single network any number of them.
+            controlnet_cond, controlnet_mode, conditioning_scale: A picture, its kind (B,) (``None`` for a network that is no
+                union) and a weight for each network; for a single network any number of them.
 
         Raises:
             ValueError: There is another number of pictures, kinds or weights than of networks, or residuals do not add up.
@@ -196,7 +196,8 @@ class FluxMultiControlNetModel(Several):
                 controlnet_cond=controlnet_cond, controlnet_mode=controlnet_mode, conditioning_scale=conditioning_scale
             )
         shared = (encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance, joint_attention_kwargs, False)
-        each = zip(networks, controlnet_cond, controlnet_mode, conditioning_scale, strict=True)
+        modes = [None if mode is None else mode[:, None] for mode in controlnet_mode]
+        each = zip(networks, controlnet_cond, modes, conditioning_scale, strict=True)
         found = [network(hidden_states, picture, mode, scale, *shared) for network, picture, mode, scale in each]
         sums = (
             add_residuals("controlnet_block_samples", [joint for joint, _ in found]),

@@ -52,5 +52,5 @@ def add_residuals(name: str, lists: Sequence[Sequence[torch.Tensor] | None]) -> 
     """
     given = [residuals for residuals in lists if residuals is not None]
     if len(counts := {len(residuals) for residuals in given}) > 1:
-        raise ValueError(f"{name}: the networks answer {sorted(counts)} residuals, which cannot be added: join networks of one depth")
+        raise ValueError(f"{name}: the networks answer {sorted(counts)} residuals, which do not add up: join those of one depth")
     return [sum(each[1:], each[0]) for each in zip(*given, strict=True)] if given else None

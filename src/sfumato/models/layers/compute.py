@@ -55,11 +55,14 @@ def _wide(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     return tuple(None if t is None else t.float() for t in tensors)
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Large plain inference: oneDNN's matrix product is the faster one."""
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, post: str = "none", algorithm: str = ""
+) -> torch.Tensor:
+    """Large plain inference: oneDNN's matrix product is the faster one. ``post`` is a function that it applies to the result."""
     if _widens(x, x.numel() // weight.shape[1]):
-        return _linear(*_wide(x, weight, bias)).bfloat16()
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+        x, weight, bias = _wide(x, weight, bias)
+        return _linear(x, weight, bias, post, algorithm).bfloat16()
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, post, [], algorithm)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -90,9 +93,38 @@ class Linear(nn.Linear):
         """``(..., in_features)`` -> ``(..., out_features)``."""
         weight: Any = self._parameters["weight"]
         bias = self._parameters["bias"]
-        if x.numel() * self.out_features < MIN_PRODUCTS or x.shape[-1] != self.in_features or not _is_plain(x, weight):
-            return F.linear(x, weight, bias)
-        return _linear(x, weight, bias)
+        return _linear(x, weight, bias) if self._is_large_and_plain(x) else F.linear(x, weight, bias)
+
+    def _is_large_and_plain(self, x: torch.Tensor) -> bool:
+        weight: Any = self._parameters["weight"]
+        return x.numel() * self.out_features >= MIN_PRODUCTS and x.shape[-1] == self.in_features and _is_plain(x, weight)
+
+
+class GELULinear(Linear):
+    """A linear layer and the GELU of its result (arXiv:1606.08415, the form with tanh), in one pass in inference on CPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., in_features)`` -> ``(..., out_features)``."""
+        if self._is_large_and_plain(x):
+            return _linear(x, self.weight, self.bias, "gelu", "tanh")
+        return F.gelu(super().forward(x), approximate="tanh")
+
+
+class RMSNorm(nn.RMSNorm):
+    """Division by the root of the mean square (arXiv:1910.07467, equation 4); on CPU in three passes where torch takes more."""
+
+    eps: float
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., dim)`` -> the same."""
+        if not _is_plain(x, self.weight):
+            return super().forward(x)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = (norm * norm / x.shape[-1] + self.eps).rsqrt_()
+        return (x * inverse).to(x.dtype).mul_(self.weight)
 
 
 class _Ordered:

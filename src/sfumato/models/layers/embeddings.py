@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import attend
+from .compute import Conv2d, pixels_last
 from .resnet import activation
 
 
@@ -63,6 +64,73 @@ class TimestepEmbedding(nn.Module):
             x = x + self.cond_proj(condition)
         x = self.linear_2(self.act(self.linear_1(x)))
         return x if self.post_act is None else self.post_act(x)
+
+
+class TimeTextEmbedding(nn.Module):
+    """The condition of a transformer's modulations: time, pooled text and, if built so, guidance scale, each embedded and added.
+
+    Args:
+        dim, text_dim: Width of the result, and of the pooled text.
+        guidance: Whether there is a guidance scale (distilled guidance, arXiv:2210.03142, section 3).
+    """
+
+    def __init__(self, dim: int, text_dim: int, guidance: bool = False) -> None:
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedding(256, dim)
+        self.guidance_embedder = TimestepEmbedding(256, dim) if guidance else None
+        self.text_embedder = TimestepEmbedding(text_dim, dim)
+
+    def forward(self, times: torch.Tensor, text: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
+        """``times`` (B,) in 0..1000, pooled ``text`` (B, text_dim), ``guidance`` (B,), the scale times 1000 -> (B, dim)."""
+        embedding = self.timestep_embedder(sinusoids(times, 256, flip_sin_to_cos=True).to(text.dtype))
+        if self.guidance_embedder is not None and guidance is not None:
+            embedding = embedding + self.guidance_embedder(sinusoids(guidance, 256, flip_sin_to_cos=True).to(text.dtype))
+        return embedding + self.text_embedder(text)
+
+
+def grid_sinusoids(dim: int, size: int, base_size: int) -> torch.Tensor:
+    """Sinusoids of the places of a square grid, ``(1, size * size, dim)`` float32: half for the column, half for the row.
+
+    Places are counted as in a grid of ``base_size``, whatever the size, so that the spacing of a larger one is finer.
+    """
+    places = torch.arange(size, dtype=torch.float64) * (base_size / size)
+    angles = places[:, None] * 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    line = torch.cat([angles.sin(), angles.cos()], dim=1).float()  # (size, dim / 2)
+    column, row = line[None].expand(size, -1, -1), line[:, None].expand(-1, size, -1)
+    return torch.cat([column, row], dim=2).flatten(0, 1).unsqueeze(0)
+
+
+class PatchEmbedding(nn.Module):
+    """Turns patches of a picture into tokens, and adds the places of the middle of a grid of ``max_size`` (0: no places).
+
+    The places stand in the checkpoint. ``base_size`` is the size of the picture, in patches, of the training.
+    """
+
+    pos_embed: torch.Tensor
+
+    def __init__(self, in_channels: int, dim: int, patch: int, base_size: int, max_size: int) -> None:
+        super().__init__()
+        self.patch, self.max_size = patch, max_size
+        self.proj = Conv2d(in_channels, dim, patch, stride=patch)
+        if max_size:
+            self.register_buffer("pos_embed", grid_sinusoids(dim, max_size, base_size))
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        """``(B, C, H, W)`` -> ``(B, H / patch * W / patch, dim)``; a ``ValueError`` if it is no whole number of patches."""
+        height, width = (side // self.patch for side in picture.shape[2:])
+        if (height * self.patch, width * self.patch) != picture.shape[2:]:
+            raise ValueError(f"a height and width of {tuple(picture.shape[2:])} are not multiples of the patch, {self.patch}")
+        tokens = self.proj(pixels_last(picture)).flatten(2).transpose(1, 2)
+        if not self.max_size:
+            return tokens
+        if max(height, width) > self.max_size:
+            raise ValueError(
+                f"{height} x {width} patches are more than this network knows, {self.max_size} a side: make the picture smaller"
+            )
+        top, left = (self.max_size - height) // 2, (self.max_size - width) // 2
+        grid = self.pos_embed.view(self.max_size, self.max_size, -1)
+        places = grid[top : top + height, left : left + width].reshape(1, height * width, -1)
+        return tokens + places.to(tokens.dtype)
 
 
 class AttentionPooling(nn.Module):

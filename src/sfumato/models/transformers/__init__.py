@@ -1,0 +1,1 @@
+"""Transformers that denoise: one network a file."""
