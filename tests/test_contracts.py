@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 
 import sfumato
 from sfumato import registry
@@ -128,9 +129,11 @@ def test_forward_takes_the_references_arguments(name: str) -> None:
     assert list(inspect.signature(getattr(sfumato, name).forward).parameters) == list(expected)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if "Multi" not in name])
 def test_networks_keep_no_hidden_buffers(name: str) -> None:
     """A network built on the meta device is whole once its checkpoint is assigned."""
-    model = getattr(sfumato, name)()
+    needed = {"ControlNetUnionModel": {"addition_time_embed_dim": 8}}
+    with torch.device("meta"):
+        model = getattr(sfumato, name)(**needed.get(name, {}))
     saved = set(model.state_dict())
     assert all(n in saved for n, _ in model.named_buffers())
