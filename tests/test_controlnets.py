@@ -193,7 +193,8 @@ def test_union_equals_the_reference(layers: int, tmp_path: Path) -> None:
     ):  # fmt: skip
         assert_all_same(mine(**arguments, **options), theirs(**arguments, **options))
     one = {**arguments, "controlnet_cond": [picture()[:1].expand(2, -1, -1, -1)], "control_type_idx": [2]}
-    assert_all_same(mine(**one), theirs(**one))
+    for scale in (1.0, 0.6, [0.6]):
+        assert_all_same(mine(**one, conditioning_scale=scale), theirs(**one, conditioning_scale=scale))
     mine.save_pretrained(tmp_path)
     assert_all_same(diffusers.ControlNetUnionModel.from_pretrained(tmp_path)(**arguments), theirs(**arguments))
 

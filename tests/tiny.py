@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,55 @@ def _stable_diffusion_xl(name: str, folder: Path) -> Any:
     )  # fmt: skip
 
 
+def control_net(denoiser: Any, seed: int = 0, cls: str = "ControlNetModel") -> Any:
+    """A tiny control network that follows a U-Net, with residuals that are not zero."""
+    own: dict[str, Any] = {"conditioning_embedding_out_channels": (8, 16)}
+    if "Union" in cls:
+        own |= {"num_trans_channel": 16, "num_trans_head": 2, "num_trans_layer": 1, "num_proj_channel": 16}
+    known = inspect.signature(getattr(diffusers, cls)).parameters
+    shared = {key: value for key, value in denoiser.config.items() if key in known}
+    network = getattr(diffusers, cls)(**{**shared, **own})
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        if "controlnet_" in name or "task_embedding" in name or "spatial_ch" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return network
+
+
+def _with_control(name: str, folder: Path) -> Any:
+    base = CONTROLLED[name]
+    pipe = _stable_diffusion_xl(base, folder) if "XL" in base else _stable_diffusion(base, folder)
+    parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
+    parts["scheduler"] = scheduler()  # as it is, not as the other pipeline's constructor changed it
+    options = {} if "XL" in base else {"requires_safety_checker": False}
+    if "Adapter" in name:
+        adapter = diffusers.T2IAdapter(channels=[16, 32], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter")
+        return getattr(diffusers, name)(**parts, adapter=adapter, **options)
+    if name.endswith("multi"):
+        networks: Any = [control_net(pipe.unet, seed) for seed in (0, 1)]
+        return getattr(diffusers, name.removesuffix(" multi"))(**parts, controlnet=networks, **options)
+    network = control_net(pipe.unet, cls="ControlNetUnionModel" if "Union" in name else "ControlNetModel")
+    return getattr(diffusers, name)(**parts, controlnet=network, **options)
+
+
+CONTROLLED = {
+    "StableDiffusionControlNetPipeline": "StableDiffusionPipeline",
+    "StableDiffusionControlNetPipeline multi": "StableDiffusionPipeline",
+    "StableDiffusionControlNetImg2ImgPipeline": "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionControlNetInpaintPipeline": "StableDiffusionInpaintPipeline",
+    "StableDiffusionAdapterPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLControlNetPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusionXLControlNetPipeline multi": "StableDiffusionXLPipeline",
+    "StableDiffusionXLControlNetImg2ImgPipeline": "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline": "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLControlNetUnionPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline": "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLControlNetUnionInpaintPipeline": "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLAdapterPipeline": "StableDiffusionXLPipeline",
+}
+"""Pipelines with control networks or adapters, and what they are without."""
+
+
 def pixel_unet(**changes: Any) -> Any:
     """A tiny unconditional U-Net."""
     config: dict[str, Any] = dict(
@@ -242,6 +292,7 @@ def _super_resolution(name: str, folder: Path) -> Any:
 
 
 _BUILDERS = {
+    **dict.fromkeys(CONTROLLED, _with_control),
     **dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "refiner"), _stable_diffusion_xl),
     **dict.fromkeys(("StableDiffusionXLInpaintPipeline", "xl inpaint9"), _stable_diffusion_xl),
     "StableDiffusionDepth2ImgPipeline": _depth,

@@ -50,11 +50,15 @@ _MODULES: dict[str, str] = {
     "pipelines.base": "DiffusionPipeline",
     "pipelines.auto": "AutoPipelineForText2Image AutoPipelineForImage2Image AutoPipelineForInpainting",
     "pipelines.run": "Run Request Progress RunCancelled evaluate",
-    "families.stable_diffusion": "StableDiffusionPipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline",
+    "families.stable_diffusion_pipelines": "StableDiffusionPipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline"
+    " StableDiffusionControlNetPipeline StableDiffusionControlNetImg2ImgPipeline StableDiffusionControlNetInpaintPipeline"
+    " StableDiffusionAdapterPipeline",
     "families.stable_diffusion_variants": "StableDiffusionDepth2ImgPipeline StableDiffusionUpscalePipeline"
     " StableDiffusionInstructPix2PixPipeline StableDiffusionImageVariationPipeline",
     "families.stable_diffusion_xl_pipelines": "StableDiffusionXLPipeline StableDiffusionXLImg2ImgPipeline"
-    " StableDiffusionXLInpaintPipeline",
+    " StableDiffusionXLInpaintPipeline StableDiffusionXLControlNetPipeline StableDiffusionXLControlNetImg2ImgPipeline"
+    " StableDiffusionXLControlNetInpaintPipeline StableDiffusionXLControlNetUnionPipeline StableDiffusionXLAdapterPipeline"
+    " StableDiffusionXLControlNetUnionImg2ImgPipeline StableDiffusionXLControlNetUnionInpaintPipeline",
     "families.latent_upscaler": "StableDiffusionLatentUpscalePipeline",
     "families.unconditional": "DDPMPipeline DDIMPipeline LDMSuperResolutionPipeline",
 }

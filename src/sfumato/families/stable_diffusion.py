@@ -1,9 +1,10 @@
 """Stable Diffusion 1 and 2: latent diffusion with a U-Net and a CLIP text encoder (arXiv:2112.10752).
 
 Quirks, kept because they change the result of valid calls: the constructor sets ``steps_offset`` to 1 and ``clip_sample`` to false
-on schedulers that say otherwise, and inpainting skips PNDM's Runge-Kutta steps (``adopts``); nine-channel inpainting at strength 1
-does not encode its source. Not reproduced, because they are faults: pictures shared out in the order a, b, a, b over prompts in the
-order a, a, b, b; inpainting with one generator per picture that draws the source's latents from the first generator alone.
+on schedulers that say otherwise, and inpainting skips PNDM's Runge-Kutta steps (``adopts``), but not with adapters; nine-channel
+inpainting at strength 1 does not encode its source. Not reproduced, because they are faults: pictures shared out in the order a, b,
+a, b over prompts in the order a, a, b, b; inpainting with one generator per picture that draws the source's latents from the first
+generator alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 from ..outputs import StableDiffusionPipelineOutput
 from ..pipelines.checks import check_prompts, check_width, negative_texts
 from ..pipelines.run import Run
-from ..pipelines.tasks import ImageToImage, Inpaint, Task
 from ..pipelines.text import encode_clip
 from .unet import UNetFamily
 
@@ -31,6 +31,7 @@ class StableDiffusion(UNetFamily):
     ``adopts`` is the scheduler configuration that the constructor enforces where the key exists.
     """
 
+    family = "Stable Diffusion"
     component_names: ClassVar[tuple[str, ...]] = (*PARTS, *CHECKER, "image_encoder")
     optional_components: ClassVar[tuple[str, ...]] = (*CHECKER, "image_encoder")
     options = {"requires_safety_checker": True}
@@ -53,7 +54,8 @@ class StableDiffusion(UNetFamily):
 
     def adopt(self) -> None:
         scheduler = self.scheduler
-        changes = {k: v for k, v in self.adopts.items() if k in scheduler.config and scheduler.config[k] != v}
+        adopts = {} if self.adapters else self.adopts
+        changes = {k: v for k, v in adopts.items() if k in scheduler.config and scheduler.config[k] != v}
         if changes:
             self.scheduler = type(scheduler).from_config({**scheduler.config, **changes})
         if self.safety_checker is not None and self.feature_extractor is None:
@@ -134,26 +136,3 @@ class StableDiffusion(UNetFamily):
         pictures = self.image_processor.postprocess(image, output_type="pil")
         pixels = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(image.device, self.compute_dtype)
         return self.safety_checker(images=image, clip_input=pixels)
-
-
-class StableDiffusionPipeline(StableDiffusion, task=Task(), later="callback callback_steps"):
-    """Pictures from text."""
-
-
-class StableDiffusionImg2ImgPipeline(
-    StableDiffusion, task=ImageToImage(), later="height width guidance_rescale callback callback_steps"
-):
-    """Pictures from a picture and text."""
-
-
-class StableDiffusionInpaintPipeline(
-    StableDiffusion, task=Inpaint(), later="guidance_rescale callback callback_steps", defaults={"strength": 1.0}
-):
-    """Paints a masked region anew."""
-
-    adopts = {"steps_offset": 1, "skip_prk_steps": True}
-
-    def adopt(self) -> None:
-        super().adopt()
-        if self.input_channels not in (4, 9):
-            raise ValueError(f"inpainting needs a U-Net with 4 or 9 input channels, this one has {self.input_channels}")

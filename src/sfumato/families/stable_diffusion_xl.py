@@ -1,8 +1,8 @@
 """Stable Diffusion XL, base and refiner: a larger U-Net, two text encoders, sizes as conditions (arXiv:2307.01952).
 
-Quirks, kept because they change the result of valid calls: a missing negative prompt is zeros, not an encoded empty text, unless
-``force_zeros_for_empty_prompt`` is false; ``clip_skip`` spares the negative prompt; text-to-image gives the negative branch sizes of
-its own only if both are named, the other tasks always; with ``denoising_start`` a given picture is taken as noisy already.
+Quirks, kept because they change the result of calls: a missing negative prompt is zeros, not an encoded empty text, unless
+``force_zeros_for_empty_prompt`` is false; ``clip_skip`` spares the negative prompt; text-to-image gives the negative branch sizes
+of its own only if both are named, the other tasks always; with ``denoising_start`` a given picture is taken as noisy already.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ WATERMARK = "add_watermarker=True: pictures are not marked here; leave it out, a
 class StableDiffusionXL(UNetFamily):
     """The family. ``negative_sizes``: the negative branch has sizes of its own even if none are named."""
 
+    family = "Stable Diffusion XL"
     component_names: ClassVar[tuple[str, ...]] = (*PARTS, "image_encoder", "feature_extractor")
     optional_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder", "feature_extractor")
     options: ClassVar[dict[str, Any]] = {"force_zeros_for_empty_prompt": True, "add_watermarker": None}
@@ -44,7 +45,8 @@ class StableDiffusionXL(UNetFamily):
         "num_images_per_prompt eta generator prompt_embeds negative_prompt_embeds pooled_prompt_embeds "
         "negative_pooled_prompt_embeds ip_adapter_image ip_adapter_image_embeds output_type return_dict cross_attention_kwargs "
         "guidance_rescale original_size crops_coords_top_left target_size negative_original_size negative_crops_coords_top_left "
-        "negative_target_size clip_skip callback_on_step_end callback_on_step_end_tensor_inputs prompt_syntax guidance regions"
+        "negative_target_size clip_skip callback_on_step_end callback_on_step_end_tensor_inputs prompt_syntax callback callback_steps "
+        "guidance regions"
     )
     callback_tensors: ClassVar[dict[str, Named]] = {
         "negative_prompt_embeds": NEGATIVE_EMBEDS,

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from ..pipelines.adapters import T2I, ControlNet
 from ..pipelines.tasks import ImageToImage, Inpaint, Task
 from .stable_diffusion_xl import StableDiffusionXL
 
+CONTROL = ControlNet("image")
+UNION = ControlNet("control_image", "guess_mode control_mode")
+CALLBACKS = "callback callback_steps"
+SCHEDULE = f"{CALLBACKS} timesteps sigmas guidance_rescale"
+PAINTING = (
+    f"{CALLBACKS} timesteps sigmas masked_image_latents negative_original_size negative_crops_coords_top_left negative_target_size"
+)
+POOLED = "pooled_prompt_embeds negative_pooled_prompt_embeds "
+PICTURES = "ip_adapter_image ip_adapter_image_embeds "
 
-class StableDiffusionXLPipeline(StableDiffusionXL, task=Task(), defaults={"guidance_scale": 5.0}):
+
+class StableDiffusionXLPipeline(StableDiffusionXL, task=Task(), later=CALLBACKS, defaults={"guidance_scale": 5.0}):
     """Pictures from text."""
 
 
@@ -19,10 +30,63 @@ class Refining(StableDiffusionXL):
 
 
 class StableDiffusionXLImg2ImgPipeline(
-    Refining, task=ImageToImage(), later="height width", defaults={"strength": 0.3, "guidance_scale": 5.0}
+    Refining, task=ImageToImage(), later=f"height width {CALLBACKS}", defaults={"strength": 0.3, "guidance_scale": 5.0}
 ):
     """Pictures from a picture and text; the refiner."""
 
 
-class StableDiffusionXLInpaintPipeline(Refining, task=Inpaint(), defaults={"strength": 0.9999}):
+class StableDiffusionXLInpaintPipeline(Refining, task=Inpaint(), later=CALLBACKS, defaults={"strength": 0.9999}):
     """Paints a masked region anew."""
+
+
+class StableDiffusionXLControlNetPipeline(
+    StableDiffusionXL, task=Task(), adapters=(CONTROL,), later=f"guidance_rescale {CALLBACKS}", defaults={"guidance_scale": 5.0}
+):
+    """Pictures from text, steered by pictures of edges, depth, pose ..."""
+
+
+class StableDiffusionXLControlNetUnionPipeline(
+    StableDiffusionXL, task=Task(), adapters=(UNION,), later=f"guidance_rescale {CALLBACKS}", defaults={"guidance_scale": 5.0}
+):
+    """Pictures from text, steered by one network that reads pictures of many kinds."""
+
+
+class StableDiffusionXLControlNetImg2ImgPipeline(
+    Refining, task=ImageToImage(), adapters=(ControlNet(),), later=f"{SCHEDULE} denoising_start denoising_end",
+    defaults={"guidance_scale": 5.0, "controlnet_conditioning_scale": 0.8},
+):  # fmt: skip
+    """Pictures from a picture and text, steered by control pictures."""
+
+
+class StableDiffusionXLControlNetUnionImg2ImgPipeline(
+    Refining, task=ImageToImage(), adapters=(UNION,), later=f"{SCHEDULE} denoising_start denoising_end",
+    defaults={"guidance_scale": 5.0, "controlnet_conditioning_scale": 0.8},
+):  # fmt: skip
+    """Pictures from a picture and text, steered by one network that reads pictures of many kinds."""
+
+
+class StableDiffusionXLControlNetInpaintPipeline(
+    Refining, task=Inpaint(), adapters=(ControlNet(),), later=PAINTING, defaults={"strength": 0.9999, "guidance_scale": 5.0}
+):
+    """Paints a masked region anew, steered by control pictures."""
+
+    order = (
+        StableDiffusionXL.order.replace(POOLED + PICTURES, PICTURES + POOLED)
+        .replace("guidance_rescale ", "")
+        .replace("original_size crops", "guidance_rescale original_size crops", 1)
+    )
+
+
+class StableDiffusionXLControlNetUnionInpaintPipeline(
+    Refining, task=Inpaint(), adapters=(UNION,), later=PAINTING, defaults={"strength": 0.9999, "guidance_scale": 5.0}
+):
+    """Paints a masked region anew, steered by one network that reads pictures of many kinds."""
+
+    order = StableDiffusionXLControlNetInpaintPipeline.order
+
+
+class StableDiffusionXLAdapterPipeline(
+    StableDiffusionXL, task=Task(), adapters=(T2I(),), later="callback_on_step_end callback_on_step_end_tensor_inputs",
+    defaults={"guidance_scale": 5.0},
+):  # fmt: skip
+    """Pictures from text, steered by T2I-Adapters."""

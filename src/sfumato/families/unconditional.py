@@ -24,6 +24,7 @@ EXTRA = "callback callback_steps callback_on_step_end callback_on_step_end_tenso
 class Unconditional(DiffusionPipeline):
     """A U-Net on pixels and a scheduler; a call asks for a number of pictures."""
 
+    family = "unconditional"
     component_names: ClassVar[tuple[str, ...]] = ("unet", "scheduler")
 
     @property

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..pipelines.conditioning import Conditioning
+from ..models.several import Several
+from ..pipelines.adapters import Control
+from ..pipelines.conditioning import Conditioning, numbered
 from ..pipelines.guidance import WHOLE, Guidance, Weakening
 from ..pipelines.image import ATTENTION_INPUTS, ImagePipeline, attention_options, network_of
 from ..pipelines.run import Run
 
 ADDED = ("text_embeds", "time_ids", "image_embeds")
 """Conditioning that reaches the U-Net as ``added_cond_kwargs``."""
+
+CONTROL_INPUTS = ("encoder_hidden_states", "added_cond_kwargs")
+"""What a control network shares with the U-Net that it follows."""
 
 RESIDUALS = ("down_block_additional_residuals", "down_intrablock_additional_residuals")
 """Conditioning of several tensors that reaches the U-Net as a tuple."""
@@ -26,6 +32,33 @@ class UNetFamily(ImagePipeline):
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, weakening: Weakening = WHOLE) -> torch.Tensor:
         return network_of(self, weakening)(x, t, **unet_inputs(conditioning, weakening), return_dict=False)[0]
+
+    def control(
+        self, run: Run, control: Control, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, branches: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        """The residuals of a control network; in guess mode for the prompt's branch alone, zeros for the others."""
+        count, batch, last = len(branches), run.batch, run.guidance.branches - 1
+        alone = control.guess and count > 1 and last in branches
+        if alone:
+            at = branches.index(last)
+            x, t, conditioning = x[at * batch :][:batch], t[at * batch :][:batch], conditioning.branches([at], count, batch)
+        rows = 1 if alone else count
+        inputs = {k: v for k, v in unet_inputs(conditioning).items() if k in CONTROL_INPUTS}
+        pictures: Any = [torch.cat([picture] * rows) for picture in control.pictures]
+        if control.kinds is None:
+            pictures = pictures[0]
+        else:
+            kinds = torch.zeros(1, control.network.config.num_control_type, device=x.device, dtype=x.dtype)
+            kinds[0, control.kinds] = 1
+            inputs |= {"control_type": kinds.expand(len(x), -1), "control_type_idx": control.kinds}
+            inputs["from_multi"] = isinstance(self.controlnet, Several)
+        options = {"conditioning_scale": control.scale, "guess_mode": control.guess}
+        out = control.network(x, t, controlnet_cond=pictures, **inputs, **options)
+        found = {**numbered(RESIDUALS[0], out.down_block_res_samples), "mid_block_additional_residual": out.mid_block_res_sample}
+        if not alone:
+            return found
+        blank = [torch.zeros_like, lambda value: value]
+        return {k: torch.cat([blank[branch == last](v) for branch in branches]) for k, v in found.items()}
 
     def choose_guidance(self, run: Run) -> Guidance:
         embeds_scale = self.unet.config.time_cond_proj_dim is not None  # a distilled denoiser guides itself

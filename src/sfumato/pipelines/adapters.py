@@ -6,15 +6,19 @@ by name, and those of the same name add up.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .conditioning import Conditioning
+from ..media.processor import VaeImageProcessor
+from ..models.several import Several
+from .conditioning import Conditioning, numbered
+from .tasks import per_picture
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from .run import Run
 
 
@@ -34,13 +38,231 @@ class ActiveAdapter(Protocol):
 class Adapter:
     """A kind of adapter. ``arguments`` are its call arguments, ``component`` its network's name in the pipeline."""
 
-    name: ClassVar[str] = "none"
-    arguments: ClassVar[str] = ""
-    component: ClassVar[str] = ""
+    name: str = "none"
+    arguments: str = ""
+    component: str = ""
+
+    def adopt(self, network: Any) -> Any:
+        """The component that stands for what a caller gave: one network for a list of them."""
+        return network
 
     def check(self, run: Run) -> None:
         """Refuses arguments that cannot work, before any work is done."""
 
+    def size(self, run: Run) -> tuple[int, int] | None:
+        """Height and width of the result that its picture suggests, where the caller gives none."""
+        return None
+
     def prepare(self, run: Run) -> ActiveAdapter:
         """Sets the adapter up for a run whose conditioning and schedule are known."""
         raise NotImplementedError
+
+
+def each_of(value: Any, count: int, name: str) -> list[Any]:
+    """One value for each of ``count`` networks, from a list of so many or from one for all."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} values for {count} control networks: pass one, or one for each")
+    return list(value)
+
+
+@dataclass(frozen=True)
+class Control:
+    """One control network at work: its pictures, and when and how strongly it acts.
+
+    ``pictures`` (B, 3, H, W) in 0..1, ``kinds`` of each for union networks, ``scale`` a tensor, so that it can change in a compiled
+    network; it acts in the part ``start`` to ``end`` of the steps.
+    """
+
+    network: Any
+    pictures: list[torch.Tensor]
+    kinds: list[int] | None
+    scale: Any
+    start: float
+    end: float
+    guess: bool
+
+    def acts(self, run: Run) -> bool:
+        """Whether it acts at the run's next step."""
+        steps = len(run.timesteps)
+        return run.index / steps >= self.start and (run.index + 1) / steps <= self.end
+
+
+class Controls:
+    """The control networks of a run."""
+
+    def __init__(self, controls: list[Control]) -> None:
+        self.controls = controls
+
+    def extras(
+        self, run: Run, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, branches: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        total = Conditioning()
+        for control in self.controls:
+            if control.acts(run):
+                total = total.plus(run.pipe.control(run, control, x, t, conditioning, branches))
+        return dict(total)
+
+
+class ControlNet(Adapter):
+    """Networks that read pictures and steer the denoiser by residuals (arXiv:2302.05543), one or several.
+
+    Args:
+        image: Argument of the call that holds their pictures.
+        more: Further arguments of the call.
+    """
+
+    name, component = "controlnet", "controlnet"
+
+    def __init__(self, image: str = "control_image", more: str = "guess_mode") -> None:
+        self.image = image
+        common = "controlnet_conditioning_scale control_guidance_start control_guidance_end"
+        self.arguments = f"{image} {common} {more}"
+
+    def adopt(self, network: Any) -> Any:
+        if not isinstance(network, (list, tuple)):
+            return network
+        several = [cls for cls in Several.__subclasses__() if network and isinstance(network[0], cls.member)]
+        if not several:
+            raise TypeError(f"controlnet is a list of {[type(n).__name__ for n in network]}: expected control networks")
+        return several[0](list(network))
+
+    def networks(self, run: Run) -> list[Any]:
+        """The control networks of the pipeline."""
+        whole = run.pipe.controlnet
+        return whole.members if isinstance(whole, Several) else [whole]
+
+    def check(self, run: Run) -> None:
+        args = run.args
+        if getattr(args, self.image) is None:
+            raise ValueError(f"{self.image}=None: a ControlNet needs its picture (edges, depth, pose ...); pass one")
+        count = len(self.networks(run))
+        for name in ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"):
+            for value in each_of(getattr(args, name), max(count, self._pictures(run, count)), name):
+                if not isinstance(value, (Real, torch.Tensor)):
+                    raise ValueError(f"{name}={value!r} must be a number, or one for each control network")
+        starts, ends = (each_of(getattr(args, f"control_guidance_{x}"), count, f"control_guidance_{x}") for x in ("start", "end"))
+        for start, end in zip(starts, ends, strict=True):
+            if not 0 <= start < end <= 1:
+                raise ValueError(
+                    f"control_guidance_start={start} and control_guidance_end={end} must be parts of the steps, 0 to 1, in order"
+                )
+
+    def _pictures(self, run: Run, count: int) -> int:
+        """For one union network, the number of its pictures."""
+        modes = run.args.control_mode
+        return len(modes) if count == 1 and isinstance(modes, (list, tuple)) else count
+
+    def processor(self, run: Run) -> VaeImageProcessor:
+        """What turns a picture into the tensor (1, 3, H, W) that the networks read."""
+        return VaeImageProcessor(vae_scale_factor=run.pipe.vae_scale_factor, do_convert_rgb=True, do_normalize=False)
+
+    def size(self, run: Run) -> tuple[int, int] | None:
+        if self.image != "image":
+            return None
+        first = run.args.image
+        while isinstance(first, (list, tuple)):
+            first = first[0]
+        return self.processor(run).get_default_height_width(first)
+
+    def prepare(self, run: Run) -> Controls:
+        args, networks = run.args, self.networks(run)
+        count = len(networks)
+        given = getattr(args, self.image)
+        own = given if count > 1 else [given]
+        if count > 1 and (not isinstance(own, (list, tuple)) or len(own) != count):
+            raise ValueError(f"{self.image} must be a list of {count}, a picture (or a list of them) for each control network")
+        modes = args.control_mode if count > 1 and isinstance(args.control_mode, (list, tuple)) else [args.control_mode] * count
+        scales = args.controlnet_conditioning_scale
+        scales = each_of(scales, count, "controlnet_conditioning_scale") if count > 1 else [scales]
+        starts, ends = (each_of(getattr(args, f"control_guidance_{x}"), count, "") for x in ("start", "end"))
+        controls = []
+        for network, picture, mode, scale, start, end in zip(networks, own, modes, scales, starts, ends, strict=True):
+            kinds, pictures = self._kinds(network, mode, picture)
+            tensors = [self.picture(run, p) for p in pictures]
+            guess = args.guess_mode or bool(network.config.get("global_pool_conditions"))
+            controls.append(Control(network, tensors, kinds, scale, start, end, guess))
+        return Controls(controls)
+
+    def _kinds(self, network: Any, mode: Any, picture: Any) -> tuple[list[int] | None, list[Any]]:
+        """The kinds of a union network's pictures, and the pictures; one picture without a kind for others."""
+        if "num_control_type" not in network.config:
+            return None if mode is None else [mode], [picture]
+        kinds = [mode] if isinstance(mode, int) else list(mode or [])
+        pictures = list(picture) if isinstance(picture, (list, tuple)) else [picture]
+        limit = network.config.num_control_type
+        if len(kinds) != len(pictures) or not all(isinstance(k, int) and 0 <= k < limit for k in kinds):
+            raise ValueError(f"control_mode={mode!r} must name the kind of each of {len(pictures)} pictures, 0 to {limit - 1}")
+        return kinds, pictures
+
+    def picture(self, run: Run, image: Any) -> torch.Tensor:
+        """A control picture, one for each picture of the run, (B, 3, H, W) in 0..1."""
+        tensor = self.processor(run).preprocess(image, **run.task.area(run))
+        return per_picture(tensor.to(run.device, run.pipe.compute_dtype), run.batch, "control picture")
+
+
+class Features:
+    """A T2I-Adapter's features (B, C, h, w), computed once for a run, that act in its first ``part``."""
+
+    def __init__(self, features: list[torch.Tensor], part: float) -> None:
+        self.features, self.part = features, part
+
+    def extras(
+        self, run: Run, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, branches: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        if run.index >= int(len(run.timesteps) * self.part):
+            return {}
+        stacked = [torch.cat([feature] * len(branches)) for feature in self.features]
+        return numbered("down_intrablock_additional_residuals", stacked)
+
+
+class T2I(Adapter):
+    """A T2I-Adapter, or several (arXiv:2302.08453): features of a picture, added in the U-Net's way down."""
+
+    name, component = "t2i-adapter", "adapter"
+
+    def __init__(self, image: str = "image") -> None:
+        self.image = image
+        self.arguments = f"{image} adapter_conditioning_scale adapter_conditioning_factor"
+
+    def adopt(self, network: Any) -> Any:
+        from ..models.adapters.t2i_adapter import MultiAdapter
+
+        return MultiAdapter(list(network)) if isinstance(network, (list, tuple)) else network
+
+    def check(self, run: Run) -> None:
+        if getattr(run.args, self.image) is None:
+            raise ValueError(f"{self.image}=None: a T2I-Adapter needs its picture; pass one")
+
+    def _processor(self, run: Run, network: Any) -> VaeImageProcessor:
+        grey = (network.members[0] if isinstance(network, Several) else network).config.in_channels == 1
+        colours: dict[str, Any] = {"do_convert_grayscale": True} if grey else {"do_convert_rgb": True}
+        return VaeImageProcessor(vae_scale_factor=network.downscale_factor, do_normalize=False, **colours)
+
+    def size(self, run: Run) -> tuple[int, int] | None:
+        if self.image != "image":
+            return None
+        first = run.args.image
+        while isinstance(first, (list, tuple)):
+            first = first[0]
+        return self._processor(run, run.pipe.adapter).get_default_height_width(first)
+
+    def prepare(self, run: Run) -> Features:
+        args, network = run.args, run.pipe.adapter
+        height, width = run.task.size(run)
+        processor, given, weight = self._processor(run, network), getattr(args, self.image), args.adapter_conditioning_scale
+
+        def read(image: Any) -> torch.Tensor:
+            return processor.preprocess(image, height=height, width=width).to(run.device, network.dtype)
+
+        if isinstance(network, Several):
+            count = len(network.members)
+            if not isinstance(given, (list, tuple)) or len(given) != count:
+                raise ValueError(f"{self.image} must be a list of {count} pictures, one for each T2I-Adapter")
+            weights = each_of(weight, count, "adapter_conditioning_scale")
+            features = network([read(image) for image in given], weights)
+        else:
+            features = [weight * feature for feature in network(read(given))]
+        spread = [per_picture(f.to(run.pipe.compute_dtype), run.batch, "adapter picture") for f in features]
+        return Features(spread, args.adapter_conditioning_factor)

@@ -23,9 +23,10 @@ class _Auto:
     @classmethod
     def _sibling(cls, name: str) -> type[DiffusionPipeline]:
         start = registry.load(name)
-        for candidate in registry.pipelines(start.__module__):
-            # a public class states its family as its first base
-            if candidate.__bases__[0] is start.__bases__[0] and type(candidate.task) is cls.wanted:
+        adapters = [adapter.name for adapter in start.adapters]
+        for candidate in registry.pipelines():
+            fits = candidate.family == start.family and type(candidate.task) is cls.wanted
+            if fits and [adapter.name for adapter in candidate.adapters] == adapters:
                 return candidate
         raise ValueError(f"{cls.__name__}: the family of {name} has no {cls.wanted.name} pipeline")
 

@@ -36,6 +36,7 @@ class DiffusionPipeline:
     Class attributes:
         component_names: Components in constructor order; ``optional_components`` may be ``None``.
         options: Constructor options that are not components, with their defaults.
+        family: What the model is called; pipelines of one family share their components.
         order, arguments: Of a family: the order of all call arguments, and those that every task of it has.
         adapters_before: Of a family: the component before which those of adapters stand in the constructor.
         callback_tensors: Of a family: tensors that step callbacks know by name, beside the task's.
@@ -51,6 +52,7 @@ class DiffusionPipeline:
     component_names: ClassVar[tuple[str, ...]] = ()
     optional_components: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[Mapping[str, Any]] = {}
+    family: ClassVar[str] = ""
     order: ClassVar[str] = ""
     arguments: ClassVar[str] = ""
     adapters_before: ClassVar[str] = ""
@@ -106,6 +108,8 @@ class DiffusionPipeline:
         missing = [n for n in cls.component_names if n not in given and n not in cls.optional_components]
         if missing:
             raise TypeError(f"{cls.__name__}() lacks the component(s) {', '.join(missing)}")
+        for adapter in cls.adapters:
+            given[adapter.component] = adapter.adopt(given[adapter.component])
         loading.check_kinds({name: given.get(name) for name in cls.component_names})
         self._options = {name: given.get(name, default) for name, default in cls.options.items()}
         self._name_or_path: str | None = None

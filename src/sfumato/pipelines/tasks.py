@@ -52,8 +52,14 @@ class Task:
 
     def size(self, run: Run) -> tuple[int, int]:
         """Height and width of the result, in pixels."""
-        default = run.pipe.default_size()
+        suggested = [size for adapter in run.pipe.adapters if (size := adapter.size(run)) is not None]
+        default = suggested[0] if suggested else run.pipe.default_size()
         return run.args.height or default[0], run.args.width or default[1]
+
+    def area(self, run: Run) -> dict[str, Any]:
+        """How given pictures are fitted: arguments of an image processor's ``preprocess``."""
+        height, width = self.size(run)
+        return {"height": height, "width": width}
 
     def schedule(self, run: Run) -> None:
         """Sets the timesteps of the run's scheduler."""
@@ -259,14 +265,16 @@ class Inpaint(ImageToImage):
     def size(self, run: Run) -> tuple[int, int]:
         return Task.size(self, run)
 
+    def area(self, run: Run) -> dict[str, Any]:
+        (height, width), pad = self.size(run), run.args.padding_mask_crop
+        crop = None if pad is None else run.pipe.mask_processor.get_crop_region(run.args.mask_image, width, height, pad=pad)
+        mode = "default" if pad is None else "fill"
+        return {"height": height, "width": width, "resize_mode": mode, "crops_coords": crop}
+
     def prepare(self, run: Run) -> None:
         args, pipe = run.args, run.pipe
-        height, width = self.size(run)
-        crop, mode = None, "default"
-        if args.padding_mask_crop is not None:
-            crop = pipe.mask_processor.get_crop_region(args.mask_image, width, height, pad=args.padding_mask_crop)
-            mode = "fill"
-        image = pipe.image_processor.preprocess(args.image, height=height, width=width, crops_coords=crop, resize_mode=mode).float()
+        area = self.area(run)
+        image = pipe.image_processor.preprocess(args.image, **area).float()
         by_channels, noisy = pipe.input_channels == 9, pipe.adds_noise(run)
         needed = not by_channels or (args.latents is None and (args.strength < 1 or not noisy))
         source = encode_pictures(run, image) if needed else None
@@ -277,12 +285,11 @@ class Inpaint(ImageToImage):
             run.latents = run.scheduler.add_noise(source, noise, run.timesteps[:1].repeat(run.batch))
         else:
             run.latents = noise * run.scheduler.init_noise_sigma
-        area = {"height": height, "width": width, "resize_mode": mode, "crops_coords": crop}
         pixel_mask = pipe.mask_processor.preprocess(args.mask_image, **area)
         mask, masked = self._mask_latents(run, image, pixel_mask)
         if by_channels:
             run.channels = torch.cat([torch.cat([mask, masked], dim=1)] * run.guidance.branches)
-        run.kept = Painting(source, noise, mask, image, pixel_mask, crop)
+        run.kept = Painting(source, noise, mask, image, pixel_mask, area["crops_coords"])
 
     def _mask_latents(self, run: Run, image: torch.Tensor, pixel_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The mask (B, 1, h, w) and the latents of the masked picture (B, C, h, w)."""

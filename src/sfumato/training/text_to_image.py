@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 
 from ..errors import ConfigError
-from ..families.stable_diffusion import PARTS, StableDiffusionPipeline
+from ..families.stable_diffusion import PARTS
+from ..families.stable_diffusion_pipelines import StableDiffusionPipeline
 from ..pipelines.latent import LatentFormat
 from .cache import Rows, cached, fingerprint
 from .components import CACHE_BATCH, Pictures, held_out_batches, network, scheduler, to_input

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -174,13 +175,14 @@ class ControlNetUnionModel(ControlNetBase):
 
 
 def _scales(scale: Scale | Sequence[Scale], count: int, from_multi: bool) -> tuple[list[Scale], Scale]:
-    """The weights of ``count`` pictures and that of the residuals."""
-    if not isinstance(scale, (list, tuple)):
-        return ([1.0] * count, scale) if from_multi else ([scale] * count, 1.0)  # type: ignore[list-item, return-value]
-    if from_multi or len(scale) != count:
-        expected = "one number, with from_multi=True" if from_multi else f"one number, or {count}, one for each picture"
-        raise ValueError(f"conditioning_scale={scale!r}: expected {expected}")
-    return list(scale), 1.0
+    """The weights of ``count`` pictures and that of the residuals: of a single picture it is the residuals that are weighed."""
+    if isinstance(scale, (list, tuple)):
+        if from_multi or len(scale) != count:
+            expected = "one number, with from_multi=True" if from_multi else f"one number, or {count}, one for each picture"
+            raise ValueError(f"conditioning_scale={scale!r}: expected {expected}")
+        return ([1.0], scale[0]) if count == 1 else (list(scale), 1.0)
+    single: Any = scale
+    return ([1.0] * count, single) if from_multi or count == 1 else ([single] * count, 1.0)
 
 
 class MultiControlNetUnionModel(Several):
