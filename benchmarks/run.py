@@ -8,7 +8,6 @@ smaller. ``--write`` puts the tables into ``benchmarks/RESULTS.md``.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -22,32 +21,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .measure import Row, alternate, ours_of, seconds
 from .schedulers import case_schedulers
 from .training import case_training
+from .transformers import case_transformers
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 LIBRARIES = ("diffusers", "sfumato")
-Row = tuple[str, str, float, float]
-"""What was measured, its unit, the reference's median, ours."""
-
-
-def alternate(functions: dict[str, Callable[[], float]], runs: int, warmup: int = 1) -> dict[str, float]:
-    """Calls each function in turn and returns the median of its answers."""
-    answers: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(runs + warmup):
-        for name, function in functions.items():
-            value = function()
-            if turn >= warmup:
-                answers[name].append(value)
-    return {name: statistics.median(values) for name, values in answers.items()}
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    gc.collect()
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def process(code: str) -> dict[str, float]:
@@ -132,15 +112,6 @@ def sd_vae() -> Any:
 
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     return diffusers.AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512, **blocks).eval()
-
-
-def ours_of(reference: Any) -> Any:
-    """Our network with the reference's configuration and a copy of its weights."""
-    import sfumato
-
-    made = getattr(sfumato, type(reference).__name__).from_config(reference.config).to(reference.dtype)
-    made.load_state_dict(reference.state_dict())
-    return made.eval()
 
 
 def case_load(runs: int) -> Iterator[Row]:
@@ -252,7 +223,7 @@ def case_call(runs: int) -> Iterator[Row]:
 
 CASES: dict[str, Callable[[int], Iterator[Row]]] = {
     "import": case_import, "load": case_load, "unet": case_unet, "vae": case_vae, "step": case_step, "call": case_call,
-    "training": case_training, "schedulers": case_schedulers,
+    "transformers": case_transformers, "training": case_training, "schedulers": case_schedulers,
 }  # fmt: skip
 
 
