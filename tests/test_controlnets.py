@@ -461,6 +461,7 @@ def refused_calls() -> dict[str, tuple[dict[str, Any], str]]:
         "batch": ({"controlnet_cond": noise(3, 3, 64, 96)}, "repeat it for the batch"),
         "sample": ({"sample": noise(2, 5, *SIZE)}, r"sample has shape \(2, 5, 8, 12\), this network expects"),
         "classes": ({"class_labels": torch.tensor([1, 2])}, "class_labels are given"),
+        "scale": ({"conditioning_scale": torch.ones(2)}, r"conditioning_scale is a tensor of shape \(2,\): expected one number"),
         "added": ({"added_cond_kwargs": {"time_id": noise(2, 6)}}, "added_cond_kwargs holds 'time_id'"),
     }
 
@@ -527,6 +528,35 @@ def test_several_networks_refuse_what_does_not_fit(tmp_path: Path) -> None:
 def test_configurations_that_cannot_be_built(name: str, config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         getattr(sfumato, name)(**{**FOLLOWING, **config})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"ctrl_block_out_channels": (8, 16, 16)}, "ctrl_block_out_channels.*has 3 values"),
+        ({"ctrl_num_attention_heads": (2, 40)}, "ctrl_num_attention_heads=40 does not fit the 20 channels of level 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 does not fit"),
+        ({"norm_num_groups": 24}, "norm_num_groups=24"),
+        ({"time_embedding_mix": 0.5}, "set learn_time_embedding=True"),
+        ({"addition_embed_type": "text"}, "addition_embed_type='text'"),
+        ({"down_block_types": ("AttnDownBlock2D", "DownBlock2D")}, "down_block_types='AttnDownBlock2D'"),
+    ],
+    ids=str,
+)
+def test_steered_unets_that_cannot_be_built(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sfumato.UNetControlNetXSModel(**{**XS_BASE, "num_attention_heads": 2, **config})
+
+
+@pytest.mark.parametrize("kind", ["sd15", "union", "xs"])
+@torch.no_grad()
+def test_each_sample_can_have_a_weight_of_its_own(kind: str) -> None:
+    network, arguments = control_call(kind)
+    each = network(**arguments, conditioning_scale=torch.tensor([0.3, 0.8]).view(2, 1, 1, 1))
+    for i, scale in enumerate((0.3, 0.8)):
+        alone = network(**arguments, conditioning_scale=scale)
+        for a, b in zip(*((o.to_tuple() if kind == "xs" else residuals(o)) for o in (each, alone)), strict=True):
+            assert_same(a[i], b[i])
 
 
 @pytest.mark.parametrize(

@@ -51,13 +51,8 @@ def zero_conv(in_channels: int, out_channels: int, kernel: int = 1) -> Conv2d:
 
 
 _NOT_FOLLOWED = (
-    "sample_size",
-    "out_channels",
-    "up_block_types",
-    "reverse_transformer_layers_per_block",
-    "conv_out_kernel",
-    "dropout",
-)
+    "sample_size", "out_channels", "up_block_types", "reverse_transformer_layers_per_block", "conv_out_kernel", "dropout",
+)  # fmt: skip
 """Keys of a U-Net that a ControlNet need not know."""
 
 
@@ -66,6 +61,13 @@ def check_followed(unet: UNet2DConditionModel, known: Collection[str]) -> None:
     for key, parameter in UNet2DConditionModel._init_parameters().items():
         if key not in known and (value := unet.config[key]) != parameter.default:
             raise ConfigError(f"a U-Net with {key}={value!r} cannot be followed: it must be {parameter.default!r}")
+
+
+def check_scale(scale: Scale) -> None:
+    """Raises :class:`ValueError` for a weight that is neither one number nor a tensor with one for each sample, (B, 1, 1, 1)."""
+    if isinstance(scale, (list, tuple)) or (isinstance(scale, torch.Tensor) and scale.dim() not in (0, 4)):
+        got = f"a tensor of shape {tuple(scale.shape)}" if isinstance(scale, torch.Tensor) else repr(scale)
+        raise ValueError(f"conditioning_scale is {got}: expected one number, or a tensor with one for each sample, (B, 1, 1, 1)")
 
 
 class ControlNetConditioningEmbedding(nn.Module):
@@ -157,8 +159,9 @@ class ControlNetBase(ConditionedUNet):
     def _residuals(self, x: torch.Tensor, c: Conditions, scale: Scale, guess_mode: bool) -> ControlNetOutput:
         """Features at the start of the way down (B, C, H, W) -> residuals, times ``scale``.
 
-        In guess mode those of the finest resolution weigh a tenth, those of the middle one (section 3.5 of the paper's code).
+        In guess mode those of the finest resolution weigh a tenth, those of the middle one ("guess mode" of the paper's code).
         """
+        check_scale(scale)
         x, states = self._down(x, c)
         if self.mid_block is not None:
             x = self.run_block(self.mid_block, x, c)
@@ -227,7 +230,7 @@ class ControlNetModel(ControlNetBase):
             sample, timestep, encoder_hidden_states, class_labels, timestep_cond, attention_mask, added_cond_kwargs,
                 cross_attention_kwargs: What the U-Net is given, see :meth:`UNet2DConditionModel.forward`.
             controlnet_cond: The picture (B, conditioning_channels, 8H, 8W), RGB in 0..1.
-            conditioning_scale: Weight of the residuals; a tensor can change without compiling again.
+            conditioning_scale: Weight of the residuals, one for all or (B, 1, 1, 1); a tensor can change without compiling again.
             guess_mode: Weigh the residuals from 0.1 at the finest resolution to 1 in the middle.
             return_dict: Return :class:`ControlNetOutput`, otherwise a tuple.
 

@@ -14,7 +14,7 @@ from ..layers.embeddings import TimestepEmbedding, sinusoids
 from ..layers.options import AttentionOptions, read_options
 from ..several import Several
 from ..unets.blocks import Conditions
-from .controlnet import ControlNetBase, ControlNetOutput, Scale, add_outputs
+from .controlnet import ControlNetBase, ControlNetOutput, Scale, add_outputs, check_scale
 
 
 class QuickGELU(nn.Module):
@@ -53,7 +53,7 @@ class ConditionTransformer(nn.Module):
         self.ln_2 = nn.LayerNorm(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(B, C)`` -> the same."""
+        """``(..., C)`` -> the same."""
         x = x + self.attn(self.ln_1(x))
         h = self.ln_2(x)
         for layer in self.mlp.values():
@@ -145,10 +145,11 @@ class ControlNetUnionModel(ControlNetBase):
         x = self.conv_in(pixels_last(sample))
         for i, (picture, kind, weight) in enumerate(zip(controlnet_cond, control_type_idx, weights, strict=True)):
             features = self._embed_picture(f"controlnet_cond[{i}]", picture, sample)
-            token = (features.mean(dim=(2, 3)) + self.task_embedding[kind]) * weight
+            check_scale(weight)
+            token = (features.mean(dim=(2, 3)) + self.task_embedding[kind])[:, None, None] * weight  # (B, 1, 1, C)
             for layer in self.transformer_layes:
                 token = layer(token)
-            features = features + self.spatial_ch_projs(token)[:, :, None, None]
+            features = features + self.spatial_ch_projs(token).permute(0, 3, 1, 2)
             x = x + features * weight
         output = self._residuals(x, c, scale, guess_mode)
         return output if return_dict else (output.down_block_res_samples, output.mid_block_res_sample)
@@ -176,6 +177,8 @@ class ControlNetUnionModel(ControlNetBase):
 
 def _scales(scale: Scale | Sequence[Scale], count: int, from_multi: bool) -> tuple[list[Scale], Scale]:
     """The weights of ``count`` pictures and that of the residuals: of a single picture it is the residuals that are weighed."""
+    if isinstance(scale, torch.Tensor) and scale.dim() == 1:
+        scale = list(scale.unbind())
     if isinstance(scale, (list, tuple)):
         if from_multi or len(scale) != count:
             expected = "one number, with from_multi=True" if from_multi else f"one number, or {count}, one for each picture"

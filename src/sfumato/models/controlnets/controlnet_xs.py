@@ -28,7 +28,7 @@ from ..unets.base import check_choice, time_tensor
 from ..unets.blocks import DOWN_BLOCKS, UP_BLOCKS, Conditions, DownBlock, Level, MidBlock, Shared, UpBlock, make_resnet, spread
 from ..unets.conditioning import text_and_sizes
 from ..unets.unet_2d_condition import UNet2DConditionModel
-from .controlnet import ControlNetConditioningEmbedding, Scale, check_followed, zero_conv
+from .controlnet import ControlNetConditioningEmbedding, Scale, check_followed, check_scale, zero_conv
 
 _LAYERS = 2  # of each level
 _TYPES = ("DownBlock2D", "CrossAttnDownBlock2D")
@@ -87,7 +87,14 @@ def _plan(
     }  # fmt: skip
     own, heads, depths, contexts = (spread(value, len(types), key) for key, value in named.items())
     base = spread(list(base_widths), len(types), "base_block_out_channels")
+    _check_heads(f"{prefix}num_attention_heads", heads, own)
     return _Plan(types, base, own, heads, depths, contexts, max_groups, linear)
+
+
+def _check_heads(key: str, heads: Sequence[int], widths: Sequence[int]) -> None:
+    for i, (count, width) in enumerate(zip(heads, widths, strict=True)):
+        if not 0 < count <= width:
+            raise ConfigError(f"{key}={count!r} does not fit the {width} channels of level {i}")
 
 
 class _Parts(nn.Module):
@@ -367,6 +374,9 @@ class UNetControlNetXSModel(ModelMixin):
     def _build_blocks(self, plan: _Plan, shared: Shared) -> None:
         widths, count, config = plan.base_widths, len(plan.types), self.config
         heads = spread(config.num_attention_heads, count, "num_attention_heads")
+        _check_heads("num_attention_heads", heads, widths)
+        if any(width % (shared.norm_num_groups or 32) for width in widths):
+            raise ConfigError(f"block_out_channels={widths} are no multiples of norm_num_groups={shared.norm_num_groups}")
         levels = [Level(heads[i], None, plan.contexts[i], plan.depths[i]) for i in range(count)]
         self.down_blocks = nn.ModuleList()
         for i, name in enumerate(plan.types):
@@ -461,7 +471,7 @@ class UNetControlNetXSModel(ModelMixin):
             ValueError: An argument is unknown to the network, missing, or does not fit.
         """
         options = read_options("cross_attention_kwargs", cross_attention_kwargs)
-        self._check_inputs(sample, controlnet_cond if apply_control else None, class_labels, apply_control)
+        self._check_inputs(sample, controlnet_cond if apply_control else None, class_labels, apply_control, conditioning_scale)
         temb = self._embed_time(sample, timestep, timestep_cond, added_cond_kwargs or {}, apply_control)
         mask = None if attention_mask is None else additive_mask(attention_mask, temb.dtype)
         c, scale = Conditions(temb, nn.functional.silu(temb), encoder_hidden_states, mask, None, options), conditioning_scale
@@ -485,8 +495,10 @@ class UNetControlNetXSModel(ModelMixin):
         return ControlNetXSOutput(x) if return_dict else (x,)
 
     def _check_inputs(
-        self, sample: torch.Tensor, picture: torch.Tensor | None, labels: torch.Tensor | None, apply_control: bool
-    ) -> None:
+        self, sample: torch.Tensor, picture: torch.Tensor | None, labels: torch.Tensor | None, apply_control: bool,
+        scale: Scale,
+    ) -> None:  # fmt: skip
+        check_scale(scale)
         factor = 2 ** (len(self.down_blocks) - 1)
         if sample.dim() != 4 or sample.shape[1] != 4 or sample.shape[2] % factor or sample.shape[3] % factor:
             expected = f"(batch, 4, height, width) with height and width multiples of {factor}"
