@@ -148,19 +148,21 @@ def test_a_network_from_a_unet_starts_as_the_references(name: str) -> None:
 @pytest.mark.parametrize("name", ["ControlNetModel", "ControlNetUnionModel"])
 @torch.no_grad()
 def test_a_fresh_network_changes_nothing(name: str) -> None:
-    unet = randomize(sfumato.UNet2DConditionModel(**{**TINY, **SDXL}))
-    union = {"num_trans_channel": 32, "num_proj_channel": 32} if name == "ControlNetUnionModel" else {}
-    cls = getattr(sfumato, name)
-    if union:
-        network = cls(**{**UNION, **PICTURES})
-    else:
-        network = cls.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 24, 32))
-        with torch.no_grad():
-            network.controlnet_cond_embedding.conv_out.weight.normal_(generator=torch.Generator().manual_seed(0))
-    kinds = {"control_type": torch.eye(5)[[1, 1]], "control_type_idx": [1]} if union else {}
-    shown = [picture()] if union else picture()
-    found = residuals(network(**start(network.config), controlnet_cond=shown, **kinds))
-    assert len(found) == 5 and all(not r.any() for r in found)
+    one_level = {"block_out_channels": (320,), "attention_head_dim": 8, "transformer_layers_per_block": 1}
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    unet = randomize(sfumato.UNet2DConditionModel(**{**TINY, **SDXL, **one_level, **blocks}))
+    network = getattr(sfumato, name).from_unet(unet, conditioning_embedding_out_channels=(8, 16, 24, 32))
+    own = ("control", "task_embedding", "transformer_layes", "spatial_ch_projs")
+    followed = {key: value for key, value in network.state_dict().items() if not key.startswith(own)}
+    assert followed and all(torch.equal(value, unet.state_dict()[key]) for key, value in followed.items())
+    network.controlnet_cond_embedding.conv_out.weight.fill_(0.1)  # so that the picture is heard
+    arguments = start(network.config) | {"controlnet_cond": picture()}
+    if name == "ControlNetUnionModel":
+        arguments |= {"controlnet_cond": [picture()], "control_type": torch.eye(6)[[1, 1]], "control_type_idx": [1]}
+    found = residuals(network(**arguments))
+    assert len(found) == 3 and all(not residual.any() for residual in found)
+    network.controlnet_mid_block.weight.fill_(0.1)
+    assert residuals(network(**arguments))[-1].any()
 
 
 @pytest.mark.parametrize("name", ["lcm", "classes concatenated", "only cross attention", "uneven layers"])
@@ -557,6 +559,23 @@ def test_each_sample_can_have_a_weight_of_its_own(kind: str) -> None:
         alone = network(**arguments, conditioning_scale=scale)
         for a, b in zip(*((o.to_tuple() if kind == "xs" else residuals(o)) for o in (each, alone)), strict=True):
             assert_same(a[i], b[i])
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "union", "xs"])
+@torch.no_grad()
+def test_residuals_have_the_dtype_of_the_network(kind: str) -> None:
+    network, arguments = control_call(kind)
+
+    def halved(value: Any) -> Any:
+        if isinstance(value, (dict, list)):
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            made = {key: halved(item) for key, item in pairs}
+            return made if isinstance(value, dict) else list(made.values())
+        return value.bfloat16() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    scale = torch.tensor([0.3, 0.8]).view(2, 1, 1, 1)
+    output = network.bfloat16()(**halved(arguments), conditioning_scale=scale)
+    assert {r.dtype for r in (output.to_tuple() if kind == "xs" else residuals(output))} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...errors import ConfigError
+from ...errors import ConfigError, check_choice
 from ...outputs import BaseOutput
 from ..layers.compute import Conv2d, pixels_last
 from ..layers.options import AttentionOptions, read_options
 from ..several import Several
-from ..unets.base import check_choice, shared_options
+from ..unets.base import shared_options
 from ..unets.blocks import Conditions, spread
 from ..unets.conditioning import ConditionedUNet
 from ..unets.unet_2d_condition import UNet2DConditionModel, down_levels
@@ -63,11 +63,16 @@ def check_followed(unet: UNet2DConditionModel, known: Collection[str]) -> None:
             raise ConfigError(f"a U-Net with {key}={value!r} cannot be followed: it must be {parameter.default!r}")
 
 
-def check_scale(scale: Scale) -> None:
-    """Raises :class:`ValueError` for a weight that is neither one number nor a tensor with one for each sample, (B, 1, 1, 1)."""
+def read_scale(scale: Scale, like: torch.Tensor) -> Scale:
+    """A weight, with the dtype and on the device of ``like``.
+
+    Raises:
+        ValueError: It is neither one number nor a tensor with one for each sample, (B, 1, 1, 1).
+    """
     if isinstance(scale, (list, tuple)) or (isinstance(scale, torch.Tensor) and scale.dim() not in (0, 4)):
         got = f"a tensor of shape {tuple(scale.shape)}" if isinstance(scale, torch.Tensor) else repr(scale)
         raise ValueError(f"conditioning_scale is {got}: expected one number, or a tensor with one for each sample, (B, 1, 1, 1)")
+    return scale.to(like) if isinstance(scale, torch.Tensor) else scale
 
 
 class ControlNetConditioningEmbedding(nn.Module):
@@ -161,7 +166,7 @@ class ControlNetBase(ConditionedUNet):
 
         In guess mode those of the finest resolution weigh a tenth, those of the middle one ("guess mode" of the paper's code).
         """
-        check_scale(scale)
+        scale = read_scale(scale, x)
         x, states = self._down(x, c)
         if self.mid_block is not None:
             x = self.run_block(self.mid_block, x, c)

@@ -14,7 +14,7 @@ from ..layers.embeddings import TimestepEmbedding, sinusoids
 from ..layers.options import AttentionOptions, read_options
 from ..several import Several
 from ..unets.blocks import Conditions
-from .controlnet import ControlNetBase, ControlNetOutput, Scale, add_outputs, check_scale
+from .controlnet import ControlNetBase, ControlNetOutput, Scale, add_outputs, read_scale
 
 
 class QuickGELU(nn.Module):
@@ -145,7 +145,7 @@ class ControlNetUnionModel(ControlNetBase):
         x = self.conv_in(pixels_last(sample))
         for i, (picture, kind, weight) in enumerate(zip(controlnet_cond, control_type_idx, weights, strict=True)):
             features = self._embed_picture(f"controlnet_cond[{i}]", picture, sample)
-            check_scale(weight)
+            weight = read_scale(weight, features)
             token = (features.mean(dim=(2, 3)) + self.task_embedding[kind])[:, None, None] * weight  # (B, 1, 1, C)
             for layer in self.transformer_layes:
                 token = layer(token)
