@@ -18,7 +18,7 @@ from sfumato import registry
 
 PACKAGE = Path(sfumato.__file__).parent
 CODE_CEILING = 12500
-PIPELINES = [n for n, m in registry.PUBLIC.items() if m.startswith("families.")]
+PIPELINES = [n for n, m in registry.PUBLIC.items() if m.startswith("families.") and hasattr(diffusers, n)]
 
 
 def run_python(code: str) -> str:

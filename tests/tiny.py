@@ -214,6 +214,56 @@ def _stable_diffusion_xl(name: str, folder: Path) -> Any:
     )  # fmt: skip
 
 
+def t5(width: int) -> tuple[Any, Any]:
+    """A tiny T5 encoder and a tokenizer of single characters."""
+    alphabet = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz,.()[]:0123456789"]
+    tokens = transformers.T5Tokenizer(vocab=[(c, 0.0 if i < 3 else -1.0) for i, c in enumerate(alphabet)], extra_ids=0)
+    config = transformers.T5Config(
+        vocab_size=len(tokens), d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    return tokens, transformers.T5EncoderModel(config).eval()
+
+
+def flow_vae(channels: int = 4, shift: float = 0.0609) -> Any:
+    """A tiny autoencoder with a shift and without quantising convolutions, whose posterior has next to no variance.
+
+    So that it does not matter that the reference draws control pictures from the global generator.
+    """
+    model = vae(
+        use_quant_conv=False, use_post_quant_conv=False, shift_factor=shift, scaling_factor=1.5035, latent_channels=channels
+    )
+    with torch.no_grad():
+        model.encoder.conv_out.weight[channels:].zero_()
+        model.encoder.conv_out.bias[channels:] = -30.0
+    return model
+
+
+def _stable_diffusion_3(name: str, folder: Path) -> Any:
+    words = tokenizer(folder.parent / f"{folder.name}-tokenizer")
+    tokens, third = t5(64)
+    painting = "Inpaint" in name
+    channels = 16 if painting else 4
+    config: dict[str, Any] = dict(
+        sample_size=16, patch_size=1, in_channels=channels, num_layers=3, attention_head_dim=8, num_attention_heads=4,
+        caption_projection_dim=32, joint_attention_dim=32, pooled_projection_dim=64, out_channels=channels,
+    )  # fmt: skip
+    config |= dict(patch_size=2, qk_norm="rms_norm", dual_attention_layers=(0,), pos_embed_max_size=16, joint_attention_dim=64)
+    denoiser = diffusers.SD3Transformer2DModel(**config)
+    clips = [text_encoder(len(words), projected=True) for _ in range(2)]
+    parts: dict[str, Any] = dict(text_encoder=clips[0], text_encoder_2=clips[1], text_encoder_3=third)
+    parts |= dict(tokenizer=words, tokenizer_2=words, tokenizer_3=tokens, transformer=denoiser)
+    parts["vae"] = flow_vae(channels, 0.0 if painting else 0.0609)  # the reference's inpainting decodes without the shift
+    if "ControlNet" in name:
+        network = diffusers.SD3ControlNetModel(**{**config, "num_layers": 2, "dual_attention_layers": ()})
+        generator = torch.Generator().manual_seed(0)
+        for key, parameter in network.named_parameters():
+            if "controlnet_blocks" in key or "pos_embed_input" in key:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+        parts["controlnet"] = network
+    scheduler_ = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return getattr(diffusers, name)(scheduler=scheduler_, **parts)
+
+
 def control_net(denoiser: Any, seed: int = 0, cls: str = "ControlNetModel") -> Any:
     """A tiny control network that follows a U-Net, with residuals that are not zero."""
     own: dict[str, Any] = {"conditioning_embedding_out_channels": (8, 16)}
@@ -292,6 +342,8 @@ def _super_resolution(name: str, folder: Path) -> Any:
 
 
 _BUILDERS = {
+    **dict.fromkeys(("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"), _stable_diffusion_3),
+    **dict.fromkeys(("StableDiffusion3InpaintPipeline", "StableDiffusion3ControlNetPipeline"), _stable_diffusion_3),
     **dict.fromkeys(CONTROLLED, _with_control),
     **dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "refiner"), _stable_diffusion_xl),
     **dict.fromkeys(("StableDiffusionXLInpaintPipeline", "xl inpaint9"), _stable_diffusion_xl),

@@ -59,6 +59,9 @@ _MODULES: dict[str, str] = {
     " StableDiffusionXLInpaintPipeline StableDiffusionXLControlNetPipeline StableDiffusionXLControlNetImg2ImgPipeline"
     " StableDiffusionXLControlNetInpaintPipeline StableDiffusionXLControlNetUnionPipeline StableDiffusionXLAdapterPipeline"
     " StableDiffusionXLControlNetUnionImg2ImgPipeline StableDiffusionXLControlNetUnionInpaintPipeline",
+    "families.stable_diffusion_3_pipelines": "StableDiffusion3Pipeline StableDiffusion3Img2ImgPipeline"
+    " StableDiffusion3InpaintPipeline StableDiffusion3ControlNetPipeline StableDiffusion3ControlNetImg2ImgPipeline"
+    " StableDiffusion3ControlNetInpaintPipeline",
     "families.latent_upscaler": "StableDiffusionLatentUpscalePipeline",
     "families.unconditional": "DDPMPipeline DDIMPipeline LDMSuperResolutionPipeline",
 }

@@ -180,7 +180,7 @@ class ControlNet(Adapter):
         controls = []
         for network, picture, mode, scale, start, end in zip(networks, own, modes, scales, starts, ends, strict=True):
             kinds, pictures = self._kinds(network, mode, picture)
-            tensors = [self.picture(run, p) for p in pictures]
+            tensors = [self.picture(run, p, network) for p in pictures]
             guess = args.guess_mode or bool(network.config.get("global_pool_conditions"))
             controls.append(Control(network, tensors, kinds, scale, start, end, guess))
         return Controls(controls)
@@ -196,10 +196,23 @@ class ControlNet(Adapter):
             raise ValueError(f"control_mode={mode!r} must name the kind of each of {len(pictures)} pictures, 0 to {limit - 1}")
         return kinds, pictures
 
-    def picture(self, run: Run, image: Any) -> torch.Tensor:
+    def picture(self, run: Run, image: Any, network: Any) -> torch.Tensor:
         """A control picture, one for each picture of the run, (B, 3, H, W) in 0..1."""
         tensor = self.processor(run).preprocess(image, **run.task.area(run))
         return per_picture(tensor.to(run.device, run.pipe.compute_dtype), run.batch, "control picture")
+
+
+class LatentControlNet(ControlNet):
+    """Control networks that read their pictures as latents."""
+
+    def processor(self, run: Run) -> VaeImageProcessor:
+        return run.pipe.image_processor
+
+    def picture(self, run: Run, image: Any, network: Any) -> torch.Tensor:
+        """A control picture as latents, one for each picture of the run, (B, C, h, w)."""
+        tensor = self.processor(run).preprocess(image, **run.task.area(run)).to(run.device)
+        latents = run.pipe.control_latents(network, tensor).to(run.pipe.compute_dtype)
+        return per_picture(latents, run.batch, "control picture")
 
 
 class Features:
