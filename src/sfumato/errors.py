@@ -36,6 +36,14 @@ def refuse_unknown(names: Iterable[str], known: Collection[str], what: str, erro
             raise error(f"{what} {name!r}{did_you_mean(name, known)}")
 
 
+def check_choice(key: str, value: object, choices: Iterable[object]) -> None:
+    """Raises :class:`ConfigError` when a configuration value is none of the choices."""
+    options = list(choices)
+    if value not in options:
+        near = did_you_mean(str(value), [str(option) for option in options])
+        raise ConfigError(f"{key}={value!r} is unknown: expected one of {', '.join(map(repr, options))}{near}")
+
+
 def check_shape(name: str, tensor: Any, shape: tuple[int | None, ...], note: str = "") -> None:
     """Raises :class:`ValueError` unless ``tensor`` has ``shape``, where ``None`` is any number; ``note`` says what to do."""
     if tensor is None:

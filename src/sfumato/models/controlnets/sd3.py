@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ...errors import check_shape
+from ...errors import check_choice, check_shape
 from ...outputs import BaseOutput
 from ..layers.embeddings import PatchEmbedding
 from ..layers.options import AttentionOptions, read_options
 from ..several import Several
 from ..transformers.sd3 import SD3Base, SD3Transformer2DModel
-from ..unets.base import check_choice
 from .residuals import add_residuals, residual_layers, start_from, zeroed
 
 

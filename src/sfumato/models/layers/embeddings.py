@@ -27,6 +27,16 @@ def sinusoids(times: torch.Tensor, dim: int, flip_sin_to_cos: bool = False, freq
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 
+def time_tensor(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
+    """One time per sample, ``(B,)``, from a number, a scalar tensor, or a tensor of one or B times."""
+    if not isinstance(timestep, torch.Tensor):
+        return torch.full((sample.shape[0],), timestep, device=sample.device)
+    times = timestep.reshape(-1).to(sample.device)
+    if times.shape[0] not in (1, sample.shape[0]):
+        raise ValueError(f"timestep holds {times.shape[0]} times for a batch of {sample.shape[0]}: pass one, or one per sample")
+    return times.expand(sample.shape[0])
+
+
 class GaussianFourierProjection(nn.Module):
     """Embeds numbers, or with ``log`` their logarithms, with random, fixed frequencies (arXiv:2011.13456, appendix C.3).
 

@@ -11,12 +11,11 @@ from torch import nn
 from ...errors import ConfigError, check_shape
 from ..base import ModelMixin
 from ..layers.compute import GELULinear, Linear
-from ..layers.embeddings import TimeTextEmbedding
+from ..layers.embeddings import TimeTextEmbedding, time_tensor
 from ..layers.joint_attention import Joint, JointAttention, JointBlock, regions_within
 from ..layers.modulation import Modulation, add_gated, modulated, within_float16
 from ..layers.options import AttentionOptions, read_options
 from ..layers.rope import rope_table
-from ..unets.base import time_tensor
 from .outputs import Transformer2DModelOutput
 from .sd3 import check_residuals
 

@@ -7,14 +7,13 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
-from ...errors import ConfigError, check_shape
+from ...errors import ConfigError, check_choice, check_shape
 from ..base import ModelMixin
 from ..layers.compute import Linear
-from ..layers.embeddings import PatchEmbedding, TimeTextEmbedding
+from ..layers.embeddings import PatchEmbedding, TimeTextEmbedding, time_tensor
 from ..layers.joint_attention import Joint, JointBlock, regions_within
 from ..layers.modulation import Modulation, modulated
 from ..layers.options import AttentionOptions, read_options
-from ..unets.base import check_choice, time_tensor
 from .outputs import Transformer2DModelOutput
 
 

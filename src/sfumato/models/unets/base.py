@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ...errors import ConfigError, did_you_mean
+from ...errors import ConfigError, check_choice
 from ...outputs import BaseOutput
 from ..base import ModelMixin
 from ..layers.compute import Conv2d, GroupNorm
@@ -30,24 +30,6 @@ class UNet2DOutput(BaseOutput):
 @dataclass
 class UNet2DConditionOutput(UNet2DOutput):
     """Output of a conditional U-Net: ``sample`` (B, C, H, W)."""
-
-
-def check_choice(key: str, value: object, choices: Iterable[object]) -> None:
-    """Raises :class:`ConfigError` when a configuration value is none of the choices."""
-    options = list(choices)
-    if value not in options:
-        near = did_you_mean(str(value), [str(option) for option in options])
-        raise ConfigError(f"{key}={value!r} is unknown: expected one of {', '.join(map(repr, options))}{near}")
-
-
-def time_tensor(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
-    """One time per sample, ``(B,)``, from a number, a scalar tensor, or a tensor of one or B times."""
-    if not isinstance(timestep, torch.Tensor):
-        return torch.full((sample.shape[0],), timestep, device=sample.device)
-    times = timestep.reshape(-1).to(sample.device)
-    if times.shape[0] not in (1, sample.shape[0]):
-        raise ValueError(f"timestep holds {times.shape[0]} times for a batch of {sample.shape[0]}: pass one, or one per sample")
-    return times.expand(sample.shape[0])
 
 
 class UNetBase(ModelMixin):

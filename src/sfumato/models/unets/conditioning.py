@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ...errors import ConfigError, did_you_mean
+from ...errors import ConfigError, check_choice, did_you_mean
 from ..layers.attention import additive_mask
 from ..layers.embeddings import (
     GaussianFourierProjection,
@@ -19,10 +19,11 @@ from ..layers.embeddings import (
     TextTimeEmbedding,
     TimestepEmbedding,
     sinusoids,
+    time_tensor,
 )
 from ..layers.options import AttentionOptions
 from ..layers.resnet import activation
-from .base import UNetBase, check_choice, time_tensor
+from .base import UNetBase
 from .blocks import Conditions, Level, MidBlock, Shared
 
 ADDED_INPUTS: dict[str | None, tuple[str, ...]] = {

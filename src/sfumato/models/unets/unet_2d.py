@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...errors import ConfigError
+from ...errors import ConfigError, check_choice
 from ..layers.attention import upgrade_attention_names
 from ..layers.compute import Conv2d, pixels_last
-from ..layers.embeddings import GaussianFourierProjection, TimestepEmbedding
+from ..layers.embeddings import GaussianFourierProjection, TimestepEmbedding, time_tensor
 from ..layers.resnet import activation
-from .base import UNet2DOutput, UNetBase, check_choice, shared_options, time_tensor
+from .base import UNet2DOutput, UNetBase, shared_options
 from .blocks import Conditions, Level, MidBlock, spread
 from .skip_blocks import SkipDownBlock, SkipUpBlock
 

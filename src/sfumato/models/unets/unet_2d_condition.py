@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ...errors import ConfigError
+from ...errors import ConfigError, check_choice
 from ..layers.compute import Conv2d, pixels_last
 from ..layers.embeddings import ImageTimeEmbedding
 from ..layers.options import AttentionOptions, read_options
-from .base import UNet2DConditionOutput, check_choice, shared_options
+from .base import UNet2DConditionOutput, shared_options
 from .blocks import Level, spread
 from .conditioning import ConditionedUNet
 
