@@ -63,11 +63,16 @@ def check_followed(unet: UNet2DConditionModel, known: Collection[str]) -> None:
             raise ConfigError(f"a U-Net with {key}={value!r} cannot be followed: it must be {parameter.default!r}")
 
 
-def check_scale(scale: Scale) -> None:
-    """Raises :class:`ValueError` for a weight that is neither one number nor a tensor with one for each sample, (B, 1, 1, 1)."""
+def read_scale(scale: Scale, like: torch.Tensor) -> Scale:
+    """A weight, with the dtype and on the device of ``like``.
+
+    Raises:
+        ValueError: It is neither one number nor a tensor with one for each sample, (B, 1, 1, 1).
+    """
     if isinstance(scale, (list, tuple)) or (isinstance(scale, torch.Tensor) and scale.dim() not in (0, 4)):
         got = f"a tensor of shape {tuple(scale.shape)}" if isinstance(scale, torch.Tensor) else repr(scale)
         raise ValueError(f"conditioning_scale is {got}: expected one number, or a tensor with one for each sample, (B, 1, 1, 1)")
+    return scale.to(like) if isinstance(scale, torch.Tensor) else scale
 
 
 class ControlNetConditioningEmbedding(nn.Module):
@@ -161,7 +166,7 @@ class ControlNetBase(ConditionedUNet):
 
         In guess mode those of the finest resolution weigh a tenth, those of the middle one ("guess mode" of the paper's code).
         """
-        check_scale(scale)
+        scale = read_scale(scale, x)
         x, states = self._down(x, c)
         if self.mid_block is not None:
             x = self.run_block(self.mid_block, x, c)

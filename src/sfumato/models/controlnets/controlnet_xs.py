@@ -27,7 +27,7 @@ from ..layers.transformer_2d import Transformer2D
 from ..unets.blocks import DOWN_BLOCKS, UP_BLOCKS, Conditions, DownBlock, Level, MidBlock, Shared, UpBlock, make_resnet, spread
 from ..unets.conditioning import text_and_sizes
 from ..unets.unet_2d_condition import UNet2DConditionModel
-from .controlnet import ControlNetConditioningEmbedding, Scale, check_followed, check_scale, zero_conv
+from .controlnet import ControlNetConditioningEmbedding, Scale, check_followed, read_scale, zero_conv
 
 _LAYERS = 2  # of each level
 _TYPES = ("DownBlock2D", "CrossAttnDownBlock2D")
@@ -470,10 +470,13 @@ class UNetControlNetXSModel(ModelMixin):
             ValueError: An argument is unknown to the network, missing, or does not fit.
         """
         options = read_options("cross_attention_kwargs", cross_attention_kwargs)
-        self._check_inputs(sample, controlnet_cond if apply_control else None, class_labels, apply_control, conditioning_scale)
+        self._check_inputs(sample, controlnet_cond if apply_control else None, class_labels, apply_control)
         temb = self._embed_time(sample, timestep, timestep_cond, added_cond_kwargs or {}, apply_control)
         mask = None if attention_mask is None else additive_mask(attention_mask, temb.dtype)
-        c, scale = Conditions(temb, nn.functional.silu(temb), encoder_hidden_states, mask, None, options), conditioning_scale
+        c, scale = (
+            Conditions(temb, nn.functional.silu(temb), encoder_hidden_states, mask, None, options),
+            read_scale(conditioning_scale, temb),
+        )
         sample = pixels_last(sample)
         x, control = self.base_conv_in(sample), None
         if apply_control and controlnet_cond is not None:
@@ -494,10 +497,8 @@ class UNetControlNetXSModel(ModelMixin):
         return ControlNetXSOutput(x) if return_dict else (x,)
 
     def _check_inputs(
-        self, sample: torch.Tensor, picture: torch.Tensor | None, labels: torch.Tensor | None, apply_control: bool,
-        scale: Scale,
-    ) -> None:  # fmt: skip
-        check_scale(scale)
+        self, sample: torch.Tensor, picture: torch.Tensor | None, labels: torch.Tensor | None, apply_control: bool
+    ) -> None:
         factor = 2 ** (len(self.down_blocks) - 1)
         if sample.dim() != 4 or sample.shape[1] != 4 or sample.shape[2] % factor or sample.shape[3] % factor:
             expected = f"(batch, 4, height, width) with height and width multiples of {factor}"
