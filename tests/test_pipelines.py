@@ -32,6 +32,24 @@ def controlled_call(name: str) -> dict[str, Any]:
     return {**call, "control_mode": 3} if "Union" in name else call
 
 
+def flux_call(name: str) -> dict[str, Any]:
+    """A call of FLUX at the tiny size."""
+    call: dict[str, Any] = {**TEXT, "height": 32, "width": 32, "max_sequence_length": 24}
+    if "Control" in name or name == "FluxFillPipeline":
+        del call["negative_prompt"]
+    if "Img2Img" in name or "Inpaint" in name:
+        call |= {"image": tiny.picture(), "strength": 0.75}
+    if name in ("FluxFillPipeline", "FluxKontextPipeline"):
+        call["image"] = tiny.picture()
+    if "Inpaint" in name or "Fill" in name:
+        call["mask_image"] = tiny.mask()
+    if "Control" in name:
+        call["control_image"] = tiny.picture(7)
+    if "ControlNet" in name:
+        call["control_mode"] = 1
+    return {**call, "max_area": 32 * 32, "_auto_resize": False} if "Kontext" in name else call
+
+
 CALLS: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": TEXT,
     "StableDiffusionImg2ImgPipeline": {**TEXT, "image": tiny.picture(), "strength": 0.75},
@@ -52,11 +70,12 @@ CALLS: dict[str, dict[str, Any]] = {
     "StableDiffusion3Img2ImgPipeline": {**TEXT, "image": tiny.picture(), "strength": 0.75},
     "StableDiffusion3InpaintPipeline": {**TEXT, "image": tiny.picture(), "mask_image": tiny.mask(), "strength": 0.75},
     "StableDiffusion3ControlNetPipeline": {**TEXT, "control_image": tiny.picture(7)},
+    **{name: flux_call(name) for name in tiny.FLUX},
     "DDPMPipeline": {"num_inference_steps": 4, "output_type": "np", "batch_size": 2},
     "DDIMPipeline": {"num_inference_steps": 4, "output_type": "np", "batch_size": 2, "eta": 0.5},
     "LDMSuperResolutionPipeline": {"image": SMALL, "num_inference_steps": 4, "output_type": "np"},
 }
-FLOWS = ("StableDiffusion3", "Flux")
+FLOWS = ("StableDiffusion3", "Flux", "schnell")
 Checkpoint = Callable[[str], tuple[Path, Any]]
 
 
@@ -118,6 +137,7 @@ def test_same_picture_with_every_scheduler(checkpoint: Checkpoint, name: str, sc
     assert_same(with_scheduler(diffusers, reference, scheduler), with_scheduler(sfumato, pipe, scheduler), **CALLS[name])
 
 
+TORN = ("FluxControlNetImg2ImgPipeline", "FluxControlNetInpaintPipeline")
 TEXT_PIPELINES = [n for n in CALLS if "prompt" in CALLS[n]]
 SHARED_PICTURE = (
     "StableDiffusionUpscalePipeline",
@@ -128,10 +148,14 @@ SHARED_PICTURE = (
 
 @pytest.mark.parametrize("name", TEXT_PIPELINES)
 def test_same_pictures_in_batches(checkpoint: Checkpoint, name: str) -> None:
+    if name in TORN:
+        pytest.skip("the reference raises: its control mode has one row")
     if "Adapter" in name:
         pytest.skip("the reference cannot share an adapter's picture between prompts")
     folder, reference = checkpoint(name)
-    call = {**CALLS[name], "prompt": ["a red cat", "blue apple"], "negative_prompt": ["blue", "cat"]}
+    call = {**CALLS[name], "prompt": ["a red cat", "blue apple"]}
+    if "negative_prompt" in call:
+        call["negative_prompt"] = ["blue", "cat"]
     if name in SHARED_PICTURE:
         call["image"] = [tiny.picture(k, call["image"].size) for k in (1, 2)]
     else:
@@ -143,6 +167,8 @@ def test_same_pictures_in_batches(checkpoint: Checkpoint, name: str) -> None:
 def test_several_pictures_of_one_prompt(checkpoint: Checkpoint, name: str) -> None:
     if name == "StableDiffusionLatentUpscalePipeline":
         pytest.skip("takes no num_images_per_prompt")
+    if name in TORN:
+        pytest.skip("the reference raises: its control mode has one row")
     folder, reference = checkpoint(name)
     assert_same(reference, ours(folder, reference), num_images_per_prompt=3, **CALLS[name])
 

@@ -264,6 +264,41 @@ def _stable_diffusion_3(name: str, folder: Path) -> Any:
     return getattr(diffusers, name)(scheduler=scheduler_, **parts)
 
 
+FLUX = {
+    **dict.fromkeys(("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline"), 16),
+    **dict.fromkeys(("FluxControlNetPipeline", "FluxControlNetImg2ImgPipeline", "FluxControlNetInpaintPipeline"), 16),
+    **dict.fromkeys(("FluxControlPipeline", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline"), 32),
+    "FluxFillPipeline": 48,
+    "schnell": 16,
+}
+"""Pipelines and the channels of their denoiser."""
+
+
+def _flux(name: str, folder: Path) -> Any:
+    words = tokenizer(folder.parent / f"{folder.name}-tokenizer")
+    tokens, second = t5(32)
+    config: dict[str, Any] = dict(
+        patch_size=1, in_channels=FLUX[name], out_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    dev = name != "schnell"
+    parts: dict[str, Any] = dict(
+        transformer=diffusers.FluxTransformer2DModel(**config, guidance_embeds=dev), vae=flow_vae(), tokenizer=words,
+        text_encoder=text_encoder(len(words)), text_encoder_2=second, tokenizer_2=tokens,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
+    )  # fmt: skip
+    if "ControlNet" in name:
+        sizes = {"num_layers": 1, "num_single_layers": 1, "num_mode": 3, "guidance_embeds": True}
+        shared = {k: v for k, v in config.items() if k != "out_channels"}
+        network = diffusers.FluxControlNetModel(**{**shared, **sizes})
+        generator = torch.Generator().manual_seed(0)
+        for key, parameter in network.named_parameters():
+            if "controlnet_" in key:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+        parts["controlnet"] = network
+    return getattr(diffusers, name if dev else "FluxPipeline")(**parts)
+
+
 def control_net(denoiser: Any, seed: int = 0, cls: str = "ControlNetModel") -> Any:
     """A tiny control network that follows a U-Net, with residuals that are not zero."""
     own: dict[str, Any] = {"conditioning_embedding_out_channels": (8, 16)}
@@ -342,6 +377,7 @@ def _super_resolution(name: str, folder: Path) -> Any:
 
 
 _BUILDERS = {
+    **dict.fromkeys(FLUX, _flux),
     **dict.fromkeys(("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"), _stable_diffusion_3),
     **dict.fromkeys(("StableDiffusion3InpaintPipeline", "StableDiffusion3ControlNetPipeline"), _stable_diffusion_3),
     **dict.fromkeys(CONTROLLED, _with_control),

@@ -62,6 +62,9 @@ _MODULES: dict[str, str] = {
     "families.stable_diffusion_3_pipelines": "StableDiffusion3Pipeline StableDiffusion3Img2ImgPipeline"
     " StableDiffusion3InpaintPipeline StableDiffusion3ControlNetPipeline StableDiffusion3ControlNetImg2ImgPipeline"
     " StableDiffusion3ControlNetInpaintPipeline",
+    "families.flux_pipelines": "FluxPipeline FluxImg2ImgPipeline FluxInpaintPipeline FluxControlNetPipeline FluxFillPipeline"
+    " FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline FluxControlPipeline FluxControlImg2ImgPipeline"
+    " FluxControlInpaintPipeline FluxKontextPipeline",
     "families.latent_upscaler": "StableDiffusionLatentUpscalePipeline",
     "families.unconditional": "DDPMPipeline DDIMPipeline LDMSuperResolutionPipeline",
 }

@@ -67,9 +67,12 @@ class StableDiffusionLatentUpscalePipeline(
             raise ValueError("prompt_embeds and pooled_prompt_embeds belong together: pass both or neither")
         pooled_width = self.unet.config.time_cond_proj_dim - NOISE_LEVEL_WIDTH
         check_width(args, ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), pooled_width)
+        name = type(self.scheduler).__name__
         if not isinstance(self.scheduler, ExplodingScheduler):
-            name = type(self.scheduler).__name__
             raise ValueError(f"the latent upscaler works on noise levels, as EulerDiscreteScheduler does, not {name}")
+        if self.scheduler.is_flow:
+            reason = "a flow mixes the sample away, and this network denoises sample + sigma * noise"
+            raise ValueError(f"scheduler={name} is set up for a flow model: {reason}; take EulerDiscreteScheduler without 'shift'")
 
     def condition(self, run: Run) -> None:
         args = run.args

@@ -88,7 +88,7 @@ class StableDiffusion3(FlowFamily):
         (residuals,) = network(x, picture, control.scale, **tokens, timestep=t, return_dict=False)
         return numbered("block_controlnet_hidden_states", residuals)
 
-    def control_latents(self, network: Any, image: torch.Tensor) -> torch.Tensor:
+    def control_latents(self, network: Any, image: torch.Tensor, run: Run) -> torch.Tensor:
         """A control picture (B, 3, H, W) in -1..1 as the control network reads it."""
         form = self.latent_format
         shift = 0.0 if network.config.force_zeros_for_pooled_projection else form.shift

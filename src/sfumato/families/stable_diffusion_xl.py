@@ -45,8 +45,8 @@ class StableDiffusionXL(UNetFamily):
         "num_images_per_prompt eta generator prompt_embeds negative_prompt_embeds pooled_prompt_embeds "
         "negative_pooled_prompt_embeds ip_adapter_image ip_adapter_image_embeds output_type return_dict cross_attention_kwargs "
         "guidance_rescale original_size crops_coords_top_left target_size negative_original_size negative_crops_coords_top_left "
-        "negative_target_size clip_skip callback_on_step_end callback_on_step_end_tensor_inputs prompt_syntax callback callback_steps "
-        "guidance regions"
+        "negative_target_size clip_skip callback_on_step_end callback_on_step_end_tensor_inputs prompt_syntax callback "
+        "callback_steps guidance regions"
     )
     callback_tensors: ClassVar[dict[str, Named]] = {
         "negative_prompt_embeds": NEGATIVE_EMBEDS,

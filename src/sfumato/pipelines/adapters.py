@@ -210,9 +210,26 @@ class LatentControlNet(ControlNet):
 
     def picture(self, run: Run, image: Any, network: Any) -> torch.Tensor:
         """A control picture as latents, one for each picture of the run, (B, C, h, w)."""
-        tensor = self.processor(run).preprocess(image, **run.task.area(run)).to(run.device)
-        latents = run.pipe.control_latents(network, tensor).to(run.pipe.compute_dtype)
-        return per_picture(latents, run.batch, "control picture")
+        tensor = per_picture(self.processor(run).preprocess(image, **run.task.area(run)), run.batch, "control picture")
+        return run.pipe.control_latents(network, tensor.to(run.device), run).to(run.pipe.compute_dtype)
+
+
+class ChannelControl(Adapter):
+    """A control picture as channels beside the latents, for a denoiser that was trained so."""
+
+    name, arguments = "control-channels", "control_image"
+
+    def check(self, run: Run) -> None:
+        if run.args.control_image is None:
+            raise ValueError("control_image=None: this pipeline needs a control picture (edges, depth); pass one")
+
+    def prepare(self, run: Run) -> Controls:
+        pipe = run.pipe
+        image = pipe.image_processor.preprocess(run.args.control_image, **run.task.area(run))
+        image = per_picture(image, run.batch, "control picture").to(run.device)
+        latents = pipe.latent_format.encode(image, run.args.generator).to(pipe.compute_dtype)
+        run.channels = torch.cat([latents] * run.guidance.branches)
+        return Controls([])
 
 
 class Features:

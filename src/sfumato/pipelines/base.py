@@ -77,7 +77,7 @@ class DiffusionPipeline:
             if "component_names" not in vars(cls):
                 names = list(cls.component_names)
                 place = names.index(cls.adapters_before) if adapters else 0
-                names[place:place] = dict.fromkeys(a.component for a in adapters)
+                names[place:place] = dict.fromkeys(a.component for a in adapters if a.component)
                 cls.component_names = tuple(names)
             if call is None:
                 call, extra = cls._composed_call(later.split(), extra)
@@ -108,7 +108,7 @@ class DiffusionPipeline:
         missing = [n for n in cls.component_names if n not in given and n not in cls.optional_components]
         if missing:
             raise TypeError(f"{cls.__name__}() lacks the component(s) {', '.join(missing)}")
-        for adapter in cls.adapters:
+        for adapter in (a for a in cls.adapters if a.component):
             given[adapter.component] = adapter.adopt(given[adapter.component])
         loading.check_kinds({name: given.get(name) for name in cls.component_names})
         self._options = {name: given.get(name, default) for name, default in cls.options.items()}

@@ -216,27 +216,33 @@ class Painting:
     mask: torch.Tensor
     image: torch.Tensor
     pixel_mask: torch.Tensor
+    by_channels: bool  # whether the denoiser reads the mask
     crop: tuple[int, int, int, int] | None
 
 
+def _channels(run: Run) -> torch.Tensor:
+    assert run.channels is not None  # the denoiser reads the mask as one
+    return run.channels
+
+
 def _mask(run: Run) -> torch.Tensor:
-    return run.kept.mask if run.channels is None else run.channels[:, :1]
+    return _channels(run)[:, :1] if run.kept.by_channels else run.kept.mask
 
 
 def _set_mask(run: Run, value: torch.Tensor) -> None:
-    if run.channels is None:
-        run.kept = replace(run.kept, mask=value)
+    if run.kept.by_channels:
+        run.channels = torch.cat([value, _channels(run)[:, 1:]], dim=1)
     else:
-        run.channels = torch.cat([value, run.channels[:, 1:]], dim=1)
+        run.kept = replace(run.kept, mask=value)
 
 
 def _masked_latents(run: Run) -> torch.Tensor | None:
-    return None if run.channels is None else run.channels[:, 1:]
+    return _channels(run)[:, 1:] if run.kept.by_channels else None
 
 
 def _set_masked_latents(run: Run, value: torch.Tensor) -> None:
-    if run.channels is not None:
-        run.channels = torch.cat([run.channels[:, :1], value], dim=1)
+    if run.kept.by_channels:
+        run.channels = torch.cat([_channels(run)[:, :1], value], dim=1)
 
 
 class Inpaint(ImageToImage):
@@ -250,6 +256,9 @@ class Inpaint(ImageToImage):
         "masked_image_latents": Named(_masked_latents, _set_masked_latents),
     }
     needs_image = "inpainting needs a picture and a mask of the region to paint anew"
+
+    def __init__(self, masks_first: bool = False) -> None:
+        self.masks_first = masks_first  # whether the masked picture is drawn before the picture and the noise
 
     def check(self, run: Run) -> None:
         super().check(run)
@@ -275,6 +284,8 @@ class Inpaint(ImageToImage):
         args, pipe = run.args, run.pipe
         area = self.area(run)
         image = pipe.image_processor.preprocess(args.image, **area).float()
+        pixel_mask = pipe.mask_processor.preprocess(args.mask_image, **area)
+        hidden = self._mask_latents(run, image, pixel_mask) if self.masks_first else None
         by_channels, noisy = pipe.input_channels == 9, pipe.adds_noise(run)
         needed = not by_channels or (args.latents is None and (args.strength < 1 or not noisy))
         source = encode_pictures(run, image) if needed else None
@@ -285,23 +296,23 @@ class Inpaint(ImageToImage):
             run.latents = run.scheduler.add_noise(source, noise, run.timesteps[:1].repeat(run.batch))
         else:
             run.latents = noise * run.scheduler.init_noise_sigma
-        pixel_mask = pipe.mask_processor.preprocess(args.mask_image, **area)
-        mask, masked = self._mask_latents(run, image, pixel_mask)
+        mask, masked = hidden or self._mask_latents(run, image, pixel_mask)
         if by_channels:
             run.channels = torch.cat([torch.cat([mask, masked], dim=1)] * run.guidance.branches)
-        run.kept = Painting(source, noise, mask, image, pixel_mask, area["crops_coords"])
+        run.kept = Painting(source, noise, mask, image, pixel_mask, by_channels, area["crops_coords"])
 
     def _mask_latents(self, run: Run, image: torch.Tensor, pixel_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The mask (B, 1, h, w) and the latents of the masked picture (B, C, h, w)."""
-        latents, masked = run.latents, run.args.masked_image_latents
+        form, masked = run.pipe.latent_format, run.args.masked_image_latents
         if masked is None:
-            masked = image if image.shape[1] == latents.shape[1] else image * (pixel_mask < 0.5)
-        mask = torch.nn.functional.interpolate(pixel_mask, size=latents.shape[-2:]).to(latents.device, latents.dtype)
+            masked = image if image.shape[1] == form.channels else image * (pixel_mask < 0.5)
+        size = [side // form.factor for side in pixel_mask.shape[-2:]]
+        mask = torch.nn.functional.interpolate(pixel_mask, size=size).to(run.device, run.pipe.compute_dtype)
         return per_picture(mask, run.batch, "mask"), encode_pictures(run, masked)
 
     def after_step(self, run: Run, latents: torch.Tensor) -> torch.Tensor:
         kept: Painting = run.kept
-        if kept.source is None or run.channels is not None:
+        if kept.source is None or kept.by_channels:
             return latents
         source = kept.source
         if run.index < len(run.timesteps) - 1:
