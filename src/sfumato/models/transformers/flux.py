@@ -49,8 +49,8 @@ class FluxBase(ModelMixin):
         if sum(axes) != dim_head or any(axis % 2 for axis in axes):
             raise ConfigError(f"axes_dims_rope={axes!r}: expected even numbers that add up to attention_head_dim={dim_head}")
         self.time_text_embed = TimeTextEmbedding(dim, config.pooled_projection_dim, config.guidance_embeds)
-        self.context_embedder = nn.Linear(config.joint_attention_dim, dim)
-        self.x_embedder = nn.Linear(config.in_channels, dim)
+        self.context_embedder = Linear(config.joint_attention_dim, dim)
+        self.x_embedder = Linear(config.in_channels, dim)
         blocks = (JointBlock(dim, heads, dim_head, qk_norm=True) for _ in range(config.num_layers))
         self.transformer_blocks = nn.ModuleList(blocks)
         self.single_transformer_blocks = nn.ModuleList(SingleBlock(dim, heads, dim_head) for _ in range(config.num_single_layers))

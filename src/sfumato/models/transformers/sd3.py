@@ -44,7 +44,7 @@ class SD3Base(ModelMixin):
             base_size = config.sample_size // config.patch_size
             self.pos_embed = PatchEmbedding(config.in_channels, dim, config.patch_size, base_size, max_size)
         self.time_text_embed = TimeTextEmbedding(dim, config.pooled_projection_dim)
-        self.context_embedder = nn.Linear(config.joint_attention_dim, dim) if text else None
+        self.context_embedder = Linear(config.joint_attention_dim, dim) if text else None
         self.transformer_blocks = nn.ModuleList()
         for i in range(config.num_layers):
             # without text, the format has blocks of the plainest kind
