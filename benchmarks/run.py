@@ -8,6 +8,7 @@ smaller. ``--write`` puts the tables into ``benchmarks/RESULTS.md``.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -239,9 +240,11 @@ def machine() -> str:
 
 def section(name: str, rows: list[Row], runs: int) -> str:
     """The table of a case."""
-    lines = [f"## {name}", "", (CASES[name].__doc__ or "") + f" Median of {runs}.", ""]
-    lines += ["| what | unit | diffusers | sfumato | ratio |", "|---|---|---:|---:|---:|"]
-    lines += [f"| {what} | {unit} | {theirs:.3g} | {ours:.3g} | {ours / theirs:.2f} |" for what, unit, theirs, ours in rows]
+    lines, floor = [f"## {name}", "", f"{inspect.getdoc(CASES[name])} Median of {runs}.", ""], any(len(row) > 4 for row in rows)
+    lines += ["| what | unit | diffusers | sfumato | ratio |" + " floor |" * floor, "|---|---|---:|---:|---:|" + "---:|" * floor]
+    for what, unit, theirs, ours, *floors in rows:
+        shares = "".join(f" {share:.2f} |" for share in (ours / theirs, *floors))
+        lines.append(f"| {what} | {unit} | {theirs:.3g} | {ours:.3g} |{shares}")
     return "\n".join(lines) + "\n"
 
 

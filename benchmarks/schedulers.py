@@ -71,8 +71,8 @@ def stepper(scheduler: Any, name: str) -> Callable[[Any, Any, Any], Any]:
     return step
 
 
-def microseconds(scheduler: Any, name: str) -> float:
-    """Time of one step, over a whole trajectory."""
+def loop(scheduler: Any, name: str) -> tuple[Callable[[], Any], int]:
+    """Lays out a trajectory and returns what runs it, and its number of steps."""
     scheduler.set_timesteps(COUNTS.get(name, STEPS))
     if name == "ScoreSdeVeScheduler":
         scheduler.set_sigmas(STEPS)
@@ -86,14 +86,57 @@ def microseconds(scheduler: Any, name: str) -> float:
     times = times[:-1] if name in ("SCMScheduler", "DDPMWuerstchenScheduler") else times[:200]
     if name == "DDPMWuerstchenScheduler":
         times = [t.view(1) for t in times]
-    start = time.perf_counter()
-    for t in times:
-        x = step(output, t, x)
-    return (time.perf_counter() - start) / len(times) * 1e6
+
+    def run() -> None:
+        sample = x
+        for t in times:
+            sample = step(output, t, sample)
+
+    return run, len(times)
 
 
-def case_schedulers(runs: int) -> Iterator[tuple[str, str, float, float]]:
-    """One step of every scheduler, over trajectories of 50 steps on a latent of 1x4x64x64."""
+def microseconds(scheduler: Any, name: str) -> float:
+    """Processor time of one step, over a whole trajectory, or several in a row where the class has so few steps."""
+    spent, steps = 0.0, 0
+    while steps < STEPS * 4 // 5:
+        run, count = loop(scheduler, name)
+        start = time.process_time()
+        run()
+        spent, steps = spent + time.process_time() - start, steps + count
+    return spent / steps * 1e6
+
+
+def draws(scheduler: Any, name: str) -> float:
+    """Counts how often a step draws normal noise."""
+    run, count = loop(scheduler, name)
+    original, calls = torch.randn, []
+
+    def counted(*args: Any, **options: Any) -> torch.Tensor:
+        calls.append(args)
+        return original(*args, **options)
+
+    torch.randn = counted  # type: ignore[assignment]
+    try:
+        run()
+    finally:
+        torch.randn = original
+    return len(calls) / count
+
+
+def draw() -> float:
+    """Processor time of drawing the noise of one step."""
+    generator = torch.Generator().manual_seed(0)
+    start = time.process_time()
+    for _ in range(STEPS):
+        torch.randn(SHAPE, generator=generator)
+    return (time.process_time() - start) / STEPS * 1e6
+
+
+def case_schedulers(runs: int) -> Iterator[tuple[str, str, float, float, float]]:
+    """One step of every scheduler, over trajectories of 50 steps on a latent of 1x4x64x64.
+
+    The floor is the share of the reference's step that `torch.randn` alone takes, as often as our step draws noise.
+    """
     import diffusers
 
     import sfumato
@@ -107,10 +150,6 @@ def case_schedulers(runs: int) -> Iterator[tuple[str, str, float, float]]:
         config = {k: v for k, v in REQUIRED.items() if k in inspect.signature(ours).parameters}
         pair, found = (theirs(**config), ours(**config)), []
         for _ in range(runs + 1):
-            found.append([microseconds(scheduler, name) for scheduler in pair])
-        yield name, "us", *(statistics.median(times) for times in zip(*found[1:], strict=True))
-    start = time.perf_counter()
-    for _ in range(1000):
-        torch.randn(SHAPE)
-    floor = (time.perf_counter() - start) * 1e3
-    yield "the normal noise that stochastic ones draw", "us", floor, floor
+            found.append([*(microseconds(scheduler, name) for scheduler in pair), draw()])
+        first, second, noise = (statistics.median(times) for times in zip(*found[1:], strict=True))
+        yield name, "us", first, second, noise * draws(pair[1], name) / first

@@ -55,40 +55,50 @@ class Levels:
     """Signal and noise of a scheduler's sample at each evaluation, and what a perfect network would answer there."""
 
     def __init__(self, scheduler: Any) -> None:
-        self.scheduler = scheduler
+        self.scheduler, self.name = scheduler, type(scheduler).__name__
+        self.flow = getattr(scheduler, "is_flow", False)
 
     def at(self, i: int) -> tuple[float, float]:
         """Returns ``(alpha, sigma)`` of ``x = alpha * x0 + sigma * noise`` at position ``i``; at the end for ``i = len``."""
-        scheduler = self.scheduler
-        if hasattr(scheduler, "_sigmas"):
-            evaluated = getattr(scheduler, "_evaluated", None)
-            last = i >= len(scheduler.timesteps)
-            level = scheduler._sigmas[-1] if last else evaluated(i) if evaluated else scheduler._sigmas[i]
-            return scheduler._signal_noise(level)
-        if hasattr(scheduler, "_alpha_bar"):
-            times = scheduler.timesteps.tolist()
-            alpha_bar = scheduler._alpha_bar_at(times[i]) if i < len(times) else self.last_alpha_bar()
-            return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-        return scheduler._levels[i]
-
-    def last_alpha_bar(self) -> float:
-        """The level that a run on training steps ends at."""
-        scheduler = self.scheduler
-        stride = len(scheduler) // scheduler.num_inference_steps
-        return scheduler._alpha_bar_at(scheduler.timesteps.tolist()[-1] - stride)
+        scheduler, one = self.scheduler.fresh(), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        count = len(scheduler.timesteps)
+        if self.name == "IPNDMScheduler":
+            sigma = float(scheduler.config.trained_betas[i])
+            return math.sqrt(1 - sigma**2), sigma
+        if self.name == "SASolverScheduler":  # which adds noise by training steps, wherever the run is
+            sigma = scheduler.sigmas[i].item()
+            return 1 / math.sqrt(sigma**2 + 1), sigma / math.sqrt(sigma**2 + 1)
+        if hasattr(scheduler, "sigmas"):
+            scheduler.step_index = i
+            if scheduler.order == 2 and i < count:  # where the network is asked, which need not be where a step begins or ends
+                sigma = math.sqrt(max(scheduler.scale_model_input(one).item() ** -2 - 1, 0.0))
+                sigma = scheduler.timesteps[i].item() / len(scheduler) if self.flow else sigma
+                return 1 - sigma if self.flow else 1.0, sigma
+            time = scheduler.timesteps[:1]
+        else:
+            time = (
+                scheduler.timesteps[i : i + 1]
+                if i < count
+                else scheduler.timesteps[-1:] - len(scheduler) // scheduler.num_inference_steps
+            )
+            if time < 0:  # beyond the table
+                last = scheduler.alphas_cumprod[0].item()
+                return (1.0, 0.0) if scheduler.config.get("set_alpha_to_one", True) else (math.sqrt(last), math.sqrt(1 - last))
+        return scheduler.add_noise(one, 0 * one, time).item(), scheduler.add_noise(0 * one, one, time).item()
 
     def output(self, x: Tensor, i: int) -> Tensor:
         """The perfect network's output for the unscaled sample."""
         alpha, sigma = self.at(i)
         x0 = denoised(x / alpha, sigma / alpha) if alpha else MEAN.view(1, 2, 1, 1).expand_as(x)
         noise = (x - alpha * x0) / sigma
-        name = type(self.scheduler).__name__
-        if name.startswith(("EDM", "Cosine")):
-            skip, out = self.scheduler._coefficients(alpha, sigma)
-            return (x0 - skip * x) / out
-        if name == "IPNDMScheduler":
+        if self.name.startswith(("EDM", "Cosine")):  # preconditioned (arXiv:2206.00364 table 1)
+            c = self.scheduler.config
+            variance = sigma**2 + c.sigma_data**2
+            out = sigma * c.sigma_data / math.sqrt(variance) * (-1 if c.prediction_type == "v_prediction" else 1)
+            return (x0 - c.sigma_data**2 / variance * x) / out
+        if self.name == "IPNDMScheduler":
             return alpha * noise - sigma * x0
-        return noise - x0 if getattr(self.scheduler, "_kind", "") == "flow_prediction" else noise
+        return noise - x0 if self.flow else noise
 
 
 def run(scheduler: Any, x: Tensor, stop: int | None = None, **options: Any) -> Tensor:

@@ -191,3 +191,11 @@ def test_every_error_is_also_the_built_in_type() -> None:
     assert issubclass(sfumato.WeightsError, OSError)
     assert issubclass(sfumato.HubError, OSError)
     assert all(issubclass(e, sfumato.SfumatoError) for e in (sfumato.ConfigError, sfumato.WeightsError, sfumato.HubError))
+
+
+@pytest.mark.parametrize("scheduler", [sfumato.FlowMatchEulerDiscreteScheduler(shift=3.0), sfumato.EulerDiscreteScheduler()])
+def test_latent_upscaler_refuses_flow_schedulers(checkpoint: Checkpoint, scheduler: Any) -> None:
+    pipe = sfumato.DiffusionPipeline.from_pretrained(checkpoint("StableDiffusionLatentUpscalePipeline")[0])
+    pipe.scheduler = type(scheduler).from_config({**scheduler.config, "shift": 3.0})
+    with pytest.raises(ValueError, match=f"scheduler={type(scheduler).__name__} is set up for a flow model"):
+        pipe(prompt="a", image=tiny.picture(), num_inference_steps=2)

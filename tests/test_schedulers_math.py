@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torchsde
 from diffusers.utils.torch_utils import randn_tensor
 
 import sfumato.schedulers as schedulers
 from sfumato.random import randn
+from sfumato.schedulers.brownian import BrownianNoise
 
 SPREAD = 0.7
 """Standard deviation of the data. For normal data the perfect network and the exact path of every sample are known."""
@@ -148,3 +150,25 @@ def test_noise_without_generator_is_fresh_and_private() -> None:
 def test_noise_needs_a_generator_per_sample() -> None:
     with pytest.raises(ValueError, match="3 entries for a batch of 2"):
         randn((2, 4), generator=[torch.Generator()] * 3)
+
+
+def test_brownian_motion_is_torchsdes() -> None:
+    """The same path for the same seed, at any order and size of the steps, with a bounded memory."""
+    low, high, like = 0.03, 14.6, torch.zeros(2, 3)
+    options = dict(dtype=like.dtype, device="cpu", tol=1e-6, pool_size=24, halfway_tree=True)
+    path = torchsde.BrownianInterval(low, high, size=(2, 3), entropy=2**62 + 1, **options)
+    ours = BrownianNoise(like, low, high, seed=2**62 + 1)
+    places = torch.rand(60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sort(1).values * (high - low) + low
+    for start, end in [*places.tolist(), (low, high), (low, low + 1e-5), (7.0, 7.0 + 1e-5)]:
+        expected = path(start, end) / math.sqrt(end - start)
+        torch.testing.assert_close(ours(start, end), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours(end, start), -expected, rtol=0, atol=1e-5)
+    assert not ours(3.0, 3.0).any()
+
+
+def test_brownian_motion_per_sample() -> None:
+    noise = BrownianNoise(torch.zeros(2, 3), 0.1, 9.0, seed=[5, 6])(0.5, 2.0)
+    for i, seed in enumerate((5, 6)):
+        assert torch.equal(noise[i : i + 1], BrownianNoise(torch.zeros(1, 3), 0.1, 9.0, seed=seed)(0.5, 2.0))
+    with pytest.raises(ValueError, match="3 entries for a batch of 2"):
+        BrownianNoise(torch.zeros(2, 3), 0.1, 9.0, seed=[1, 2, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from test_schedulers import case_id, close, generator
 from test_schedulers_steps import pair
 
 import sfumato.schedulers as ours
+from sfumato.random import categorical
 
 VQ_CONFIGS = grid(
     axis("num_vec_classes", 9, 33),
@@ -105,3 +107,13 @@ def test_tokens_with_a_generator_per_sample() -> None:
             assert torch.equal(both[i : i + 1], alone)
         with pytest.raises(ValueError, match="3 entries for a batch of 2"):
             scheduler.step(output, 3, tokens, generator=[generator()] * 3)
+
+
+def test_tokens_are_drawn_as_by_multinomial() -> None:
+    probabilities = torch.randn(2, 70, 50, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
+    source, other = (torch.Generator().manual_seed(7) for _ in range(2))
+    expected = torch.multinomial(probabilities.flatten(0, 1), 1, generator=other).view(2, 70)
+    assert torch.equal(categorical(probabilities, generator=source), expected)
+    assert torch.equal(source.get_state(), other.get_state())
+    with pytest.raises(ValueError, match="not finite"):
+        categorical(torch.full((1, 2, 3), math.nan), generator=source)

@@ -26,7 +26,17 @@ from ..errors import ConfigError
 from ..outputs import BaseOutput
 from ..random import Generators
 from .keys import KEYS, document, signature
-from .noise import beta_table, integer_steps, one_of, rescale_zero_terminal_snr, shift_flow_sigmas, sigma_ramp
+from .noise import (
+    beta_table,
+    given_steps,
+    integer_steps,
+    one_of,
+    one_source,
+    shift_flow,
+    sigma_ramp,
+    sigmas_to_steps,
+    zero_terminal,
+)
 from .prediction import denoised_coefficients, dynamic_threshold, mix, wide
 
 Device = str | torch.device | None
@@ -130,12 +140,8 @@ class SchedulerMixin(ConfigMixin):
     ) -> _S:  # fmt: skip
         """Loads a scheduler from a folder or a hub repository (``owner/name``); the file may be that of a related class.
 
-        ``subfolder`` is ``"scheduler"`` in a pipeline's folder; ``overrides`` are configuration values in place of the file's;
-        other arguments as of :class:`sfumato.hub.Source`.
-
-        Raises:
-            HubError: The file cannot be found.
-            ConfigError: The file is no valid configuration, or an override is no key of this class.
+        ``subfolder`` is ``"scheduler"`` in a pipeline's folder; other arguments are of :class:`sfumato.hub.Source`. ``overrides``
+        replace values of the file; a :class:`ConfigError` says where one is no key of this class or the file is invalid.
         """
         from ..hub import Source
 
@@ -243,6 +249,13 @@ class SchedulerMixin(ConfigMixin):
         """Returns the timesteps of a run of so many steps."""
         raise NotImplementedError
 
+    def _chosen(self, count: int | None, timesteps: Values) -> np.ndarray:
+        """Returns the given training steps, or those of a run of so many."""
+        one_source(num_inference_steps=count, timesteps=timesteps)
+        stops = self._stops(self._check_count(count)) if timesteps is None else given_steps(timesteps, len(self))
+        self.num_inference_steps = len(stops)
+        return stops
+
     def _set_schedule(self, timesteps: np.ndarray, device: Device = None) -> None:
         """Takes over the timesteps of a run and forgets the last run."""
         self.timesteps = torch.tensor(np.ascontiguousarray(timesteps), dtype=self._time_type)
@@ -262,9 +275,10 @@ class SchedulerMixin(ConfigMixin):
     def _alpha_bar_table(self, floor: float = 0.0) -> Tensor:
         """Builds ``betas``, ``alphas`` and ``alphas_cumprod`` (float32, one per training step) from the configuration."""
         ends = self._own("beta_start", 0.0001), self._own("beta_end", 0.02)
-        self.betas = beta_table(self.config["beta_schedule"], len(self), *ends, self._own("trained_betas", None))
+        self.betas = beta_table(self._own("beta_schedule", "squaredcos_cap_v2"), len(self), *ends, self._own("trained_betas", None))
         if self._own("rescale_betas_zero_snr", False):
-            self.betas = rescale_zero_terminal_snr(self.betas)
+            alpha_bar = zero_terminal((1.0 - self.betas).cumprod(0))
+            self.betas = 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = self.alphas.cumprod(0)
         if self.alphas_cumprod[-1] == 0:
@@ -284,6 +298,12 @@ class SchedulerMixin(ConfigMixin):
             sample: ``(B, C, ...)``.
             generator: Source of the noise, where a solver adds any.
             variance_noise: The noise itself, in place of ``generator``.
+            eta: Share of the noise that is fresh, 0 (none) to 1 (DDIM: as DDPM; TCD, which calls it gamma: as LCM).
+            use_clipped_model_output: Recompute the noise from the clipped denoised sample.
+            s_churn, s_tmin, s_tmax: Noise that a run adds before its steps (0: none), at sigmas in ``s_tmin``..``s_tmax``; flow
+                models refuse it.
+            s_noise: Factor of the noise.
+            order: Most levels whose slopes are used.
             return_dict: Return a :class:`SchedulerOutput`, else the tuple of its fields.
 
         Raises:
@@ -408,11 +428,12 @@ class SigmaScheduler(LevelScheduler):
 
     Attributes:
         sigmas: Noise levels of the run and the level it ends at, float32 ``(steps + 1,)``, on the CPU.
+        is_flow: Whether samples are mixtures ``(1 - sigma) * x0 + sigma * noise`` (arXiv:2210.02747).
     """
 
     sigmas: Tensor
-    _shift = 1.0  # static shift of a flow's levels
-    _flow = False  # whether samples are mixtures (1 - sigma) * x0 + sigma * noise (arXiv:2210.02747)
+    is_flow = False
+    _respaces_flow = True  # whether a spacing of sigmas spaces a flow's own levels, else those of the table
 
     def _build(self) -> None:
         super()._build()
@@ -422,6 +443,7 @@ class SigmaScheduler(LevelScheduler):
         self._bounds = float(self._table[-1]), float(self._table[0])
         self._final_sigma = self._bounds[1] if self._own("final_sigmas_type", "zero") == "sigma_min" else 0.0
         self._set_levels(np.append(self._table[::-1], 0.0), np.arange(len(self._table))[::-1])
+        self._read_flow()
 
     def _read_ramp(self) -> str | None:
         ramps = [name for name in ("karras", "exponential", "beta") if self._own(f"use_{name}_sigmas", False)]
@@ -429,19 +451,79 @@ class SigmaScheduler(LevelScheduler):
             raise ConfigError(f"use_{ramps[0]}_sigmas and use_{ramps[1]}_sigmas exclude each other: set only one of them to True")
         return ramps[0] if ramps else None
 
+    def _read_flow(self) -> None:
+        """Reads whether the model is a flow: the configuration says so, or comes from a flow model's scheduler.
+
+        Such a configuration has the key ``shift``, or ``use_flow_sigmas`` where this class has no such key of its own.
+        """
+        c, defaulted = self.config, self.config["_use_default_values"]
+        own = "use_flow_sigmas" in self._init_parameters()
+        said = own and "use_flow_sigmas" not in defaulted
+        foreign = not said and ("shift" in c or bool(c.get("use_flow_sigmas")))
+        if foreign and ("prediction_type" in defaulted or "prediction_type" not in c):
+            self._kind = "flow_prediction"
+        self.is_flow = foreign or (said and c["use_flow_sigmas"]) or (not own and self._kind == "flow_prediction")
+        self._shift = (None if said else c.get("shift")) or c.get("flow_shift") or 1.0  # static, of a flow's levels
+
     def _set_levels(self, sigmas: np.ndarray, timesteps: np.ndarray, device: Device = None) -> None:
         """Takes over the levels of a run, the level it ends at included, and its timesteps."""
         self.sigmas = torch.from_numpy(np.ascontiguousarray(sigmas)).float()
         self._sigmas = self.sigmas.tolist()
         self._set_schedule(timesteps, device)
 
+    def _lay_out(
+        self, device: Device, count: int | None = None, timesteps: Any = None, sigmas: Any = None, mu: float | None = None,
+        train_steps: int | None = None,
+    ) -> None:  # fmt: skip
+        """Lays out a run, see :meth:`set_timesteps`, on the first ``train_steps`` training steps."""
+        one_source(num_inference_steps=count, timesteps=timesteps, sigmas=sigmas)
+        if mu is not None and not self.config.get("use_dynamic_shifting"):
+            raise ValueError(f"mu={mu} needs a scheduler with use_dynamic_shifting=True")
+        if timesteps is not None and not self._takes_times():
+            spacings = "use_..._sigmas, timestep_type='continuous' or use_flow_sigmas"
+            raise ValueError(f"timesteps cannot be set with {spacings}: pass num_inference_steps, or change the configuration")
+        self._take(*self._run_levels(count, timesteps, sigmas, mu, train_steps), device)
+
+    def _take(self, levels: np.ndarray, times: np.ndarray, device: Device) -> None:
+        self.num_inference_steps = len(times)
+        self._set_levels(levels, times, device)
+
+    def _takes_times(self) -> bool:
+        return not self._ramp
+
+    def _run_levels(
+        self, count: int | None, timesteps: Any, sigmas: Any, mu: float | None, train_steps: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a run's noise levels, the last included, and its timesteps."""
+        if self.is_flow and (self._respaces_flow or not self._ramp):
+            return self._flow_levels(count, timesteps, sigmas, mu)
+        if sigmas is not None:
+            levels = np.array(sigmas, dtype=np.float64)
+            return levels, self._times_of(levels[:-1])
+        given = timesteps is not None
+        return self._levels_at(np.array(timesteps, np.float64) if given else self._stops(self._check_count(count), train_steps))
+
+    def _stops(self, count: int, train_steps: int | None = None) -> np.ndarray:
+        return integer_steps(self.config["timestep_spacing"], count, train_steps or len(self), self.config["steps_offset"])
+
+    def _levels_at(self, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the noise levels of a run at these training steps, or as many spaced otherwise, and its timesteps."""
+        levels = self._sigmas_at(stops)
+        if self._ramp:
+            levels = sigma_ramp(self._ramp, *self._ramp_ends(levels), len(stops))
+            stops = self._times_of(levels)
+        return np.append(levels, self._final_sigma), stops
+
     def _sigmas_at(self, stops: np.ndarray) -> np.ndarray:
         return np.interp(stops, np.arange(len(self._table)), self._table)
 
-    def _ramp_levels(self, name: str, high: float, low: float, count: int) -> np.ndarray:
-        """Returns levels spaced between the configuration's ends, where it has any, else these."""
-        ends = self._own("sigma_max", None), self._own("sigma_min", None)
-        return sigma_ramp(name, high if ends[0] is None else ends[0], low if ends[1] is None else ends[1], count)
+    def _ramp_ends(self, levels: np.ndarray) -> tuple[float, float]:
+        """Returns the ends of spaced levels: the configuration's, where it has any, else of these levels."""
+        high, low = self._own("sigma_max", None), self._own("sigma_min", None)
+        return levels[0] if high is None else high, levels[-1] if low is None else low
+
+    def _times_of(self, levels: np.ndarray) -> np.ndarray:
+        return levels * len(self) if self.is_flow else sigmas_to_steps(levels, self._table)
 
     def _flow_levels(
         self, count: int | None, timesteps: Any = None, sigmas: Any = None, mu: float | None = None
@@ -452,30 +534,30 @@ class SigmaScheduler(LevelScheduler):
         (a logarithm, unless ``time_shift_type`` is linear) with ``use_dynamic_shifting``, stretched to end at
         ``shift_terminal``, and spaced anew between their ends if a spacing of sigmas is configured.
         """
-        c, total = self.config, len(self)
-        dynamic, shift = c.get("use_dynamic_shifting", False), self._shift
+        c, total, shift = self.config, len(self), self._shift
         if mu is not None:
             shift = mu if c.get("time_shift_type") == "linear" else math.exp(mu)
-        elif dynamic and "flow_shift" not in c:
+        elif c.get("use_dynamic_shifting") and "flow_shift" not in c:
             raise ValueError("use_dynamic_shifting=True needs mu, the logarithm of the shift for this picture's size")
-        if sigmas is not None:
-            levels = np.asarray(sigmas, dtype=np.float64)
-        elif timesteps is not None:
-            levels = np.asarray(timesteps, dtype=np.float64) / total
-        else:
-            # The table's own end is shifted already, and is shifted again, as released models expect.
-            end = 1 / total if dynamic else float(shift_flow_sigmas(np.float64(1 / total), shift))
-            levels = np.linspace(1.0, end, self._check_count(count))
-        levels = shift_flow_sigmas(levels, shift)
+        if sigmas is None:
+            given = timesteps is not None
+            sigmas = np.asarray(timesteps, np.float64) / total if given else self._even_flow(self._check_count(count), shift)
+        levels = shift_flow(np.asarray(sigmas, np.float64), shift)
         if terminal := c.get("shift_terminal"):
             levels = 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
         if self._ramp:
             levels = sigma_ramp(self._ramp, levels[0], levels[-1], len(levels))
-        times = levels * total if timesteps is None else np.asarray(timesteps, dtype=np.float64)
-        self.num_inference_steps = len(levels)
         if c.get("invert_sigmas"):
             return np.append(1 - levels, 1.0), (1 - levels) * total
-        return np.append(levels, 0.0), times
+        return np.append(levels, self._flow_end(levels)), levels * total if timesteps is None else np.asarray(timesteps, np.float64)
+
+    def _even_flow(self, count: int, shift: float) -> np.ndarray:
+        # The table's own end is shifted already, and is shifted again, as released models expect.
+        end = np.float64(1 / len(self))
+        return np.linspace(1.0, end if self.config.get("use_dynamic_shifting") else shift_flow(end, shift), count)
+
+    def _flow_end(self, levels: np.ndarray) -> float:
+        return 0.0
 
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         begun = self.begin_index if self.step_index is None else self.step_index
@@ -485,4 +567,4 @@ class SigmaScheduler(LevelScheduler):
 
     def _signal_noise(self, sigma: float) -> tuple[float, float]:
         """Returns the factors of signal and noise at a level, variance-exploding or of a flow."""
-        return 1 - sigma if self._flow else 1.0, sigma
+        return 1 - sigma if self.is_flow else 1.0, sigma

@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..outputs import BaseOutput
 from ..random import Generators
 from .base import Count, Device, SigmaScheduler, StepResult, StepScheduler, StochasticScheduler, Time, Update, Values
-from .noise import beta_table, given_steps, noise_like, one_source, sigma_ramp
+from .noise import given_steps, noise_like, one_source, sigma_ramp
 from .prediction import denoised_coefficients, mix, noise_coefficients
 
 
@@ -103,7 +103,10 @@ class LCMScheduler(ConsistencyScheduler, DistilledScheduler):
         """The consistency function on the denoised sample (arXiv:2310.04378 eq. 9)."""
         t = int(self._times[i])
         skip, out = self.get_scalings_for_boundary_condition_discrete(t)
-        return mix((out, skip), self._denoise(output, x, *self._signal_noise(t)), x)
+        if self._clips or self._thresholds:
+            return mix((out, skip), self._denoise(output, x, *self._signal_noise(t)), x)
+        own, of_output = self._coefficients(*self._signal_noise(t))
+        return mix((out * own + skip, out * of_output), x, output)
 
     def _next_level(self, i: int) -> tuple[float, float] | None:
         return None if i + 1 == len(self._times) else self._signal_noise(int(self._times[i + 1]))
@@ -150,23 +153,18 @@ class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
 
     def _build(self) -> None:
         self.init_noise_sigma = self.config["sigma_max"]
-        self._lay_out(np.arange(len(self)))
+        self._lay_places(np.arange(len(self)))
 
     def set_timesteps(self, num_inference_steps: Count = None, device: Device = None, timesteps: Values = None) -> None:
         """Lays out a run; ``timesteps`` are positions among the trained levels, 0 the noisiest. See :class:`SchedulerMixin`."""
-        one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
-        total = len(self)
-        if timesteps is None:
-            count = self._check_count(num_inference_steps)
-            if count > total:
-                raise ValueError(f"num_inference_steps={count}, expected at most num_train_timesteps={total}")
-            places = np.arange(count) * (total // count)
-        else:
-            places = given_steps(timesteps, total)[::-1]
-        self.num_inference_steps = len(places)
-        self._lay_out(places, device)
+        self._lay_places(self._chosen(num_inference_steps, timesteps)[::-1], device)
 
-    def _lay_out(self, places: np.ndarray, device: Device = None) -> None:
+    def _stops(self, count: int, train_steps: int | None = None) -> np.ndarray:
+        if count > len(self):
+            raise ValueError(f"num_inference_steps={count}, expected at most num_train_timesteps={len(self)}")
+        return np.arange(count)[::-1] * (len(self) // count)
+
+    def _lay_places(self, places: np.ndarray, device: Device = None) -> None:
         c = self.config
         levels = sigma_ramp("karras", c["sigma_max"], c["sigma_min"], places / (len(self) - 1), rho=c["rho"])
         self._set_levels(np.append(levels, c["sigma_min"]), self.sigma_to_t(levels), device)
@@ -194,18 +192,19 @@ class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
         return (1.0, self.config["s_noise"] * fresh) if len(self._times) > 1 else None
 
 
-class ConsistencyDecoderScheduler(ConsistencyScheduler):
+class ConsistencyDecoderScheduler(ConsistencyScheduler, StepScheduler):
     """The two steps of DALL-E 3's consistency decoder, on the cosine table."""
 
     _tells_denoised = False
+    _position = StochasticScheduler._position
     config_keys = "num_train_timesteps sigma_data"
     config_defaults = {"num_train_timesteps": 1024}
 
     def _build(self) -> None:
         if len(self) <= 1008:
             raise ConfigError(f"num_train_timesteps={len(self)}, expected 1024: the decoder steps from 1008 to 512")
-        self._alpha_bar = (1 - beta_table("squaredcos_cap_v2", len(self), 0, 0)).cumprod(0).tolist()
-        self.init_noise_sigma = math.sqrt(1 - self._alpha_bar[1008])
+        super()._build()
+        self.init_noise_sigma = self._signal_noise(1008)[1]
 
     def set_timesteps(self, num_inference_steps: Count = None, device: Device = None) -> None:
         """Lays out the run of two steps; another number is a ValueError."""
@@ -216,14 +215,10 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler):
     def _stops(self, count: int) -> np.ndarray:
         return np.array([1008, 512])
 
-    def _position(self, timestep: Time | None) -> int:
-        return self.index_for_timestep(self._time(timestep))  # type: ignore[arg-type]
-
     def _deviation(self, timestep: Time | None) -> tuple[float, float, float]:
         """Returns signal, noise-to-signal ratio and total deviation of ``x / signal`` at a timestep."""
-        signal = math.sqrt(self._alpha_bar[int(self._time(timestep))])  # type: ignore[arg-type]
-        sigma = math.sqrt(1 / signal**2 - 1)
-        return signal, sigma, math.sqrt(sigma**2 + self.config["sigma_data"] ** 2)
+        signal, noise = self._signal_noise(int(self._time(timestep)))  # type: ignore[arg-type]
+        return signal, noise / signal, math.hypot(noise / signal, self.config["sigma_data"])
 
     def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
         signal, _, deviation = self._deviation(timestep)
@@ -236,7 +231,7 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler):
         return mix(((data / deviation) ** 2 / signal, data * sigma / deviation), x, output)
 
     def _next_level(self, i: int) -> tuple[float, float] | None:
-        return None if i else (math.sqrt(self._alpha_bar[512]), math.sqrt(1 - self._alpha_bar[512]))
+        return None if i else self._signal_noise(512)
 
 
 class SCMScheduler(ConsistencyScheduler):

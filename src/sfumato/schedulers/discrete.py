@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..random import Generators
 from .base import Count, Device, LevelScheduler, StepResult, StepScheduler, StochasticScheduler, Time, Update, Values
-from .noise import beta_table, given_steps, noise_like, one_source, zero_terminal_snr
+from .noise import beta_table, noise_like, one_source, zero_terminal
 from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance, wide
 
 
@@ -25,17 +25,11 @@ class DDPMScheduler(StochasticScheduler, StepScheduler):
 
     config_keys = "BETAS variance_type clip_sample prediction_type BOUNDS SPACING rescale_betas_zero_snr"
     config_defaults = {"variance_type": "fixed_small", "timestep_spacing": "leading"}
-
-    config_choices = {
-        "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", None)
-    }
+    _variances = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+    config_choices = {"variance_type": (*_variances, None)}
 
     def set_timesteps(self, num_inference_steps: Count = None, device: Device = None, timesteps: Values = None) -> None:
-        one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
-        given = timesteps is not None
-        stops = given_steps(timesteps, len(self)) if given else self._stops(self._check_count(num_inference_steps))
-        self.num_inference_steps = len(stops)
-        self._set_schedule(stops, device)
+        self._set_schedule(self._chosen(num_inference_steps, timesteps), device)
 
     def _set_schedule(self, timesteps: np.ndarray, device: Device = None) -> None:
         super()._set_schedule(timesteps, device)
@@ -43,9 +37,8 @@ class DDPMScheduler(StochasticScheduler, StepScheduler):
 
     def update(self, output: Tensor, t: int, x: Tensor, generator: Generators, following: int | None = None) -> Update:
         """Posterior mean (eq. 7) plus noise; the step to zero draws none."""
-        if following is None and t not in self._following:
+        if following is None and (following := self._following.get(t)) is None:
             raise self._no_such(t)
-        following = self._following[t] if following is None else following
         alpha_bar, previous, beta = self._alpha_bar[t], self._alpha_bar_at(following), self._beta(t, following)
         output, predicted = split_variance(output, x.shape[1], self.config["variance_type"])
         new, x0 = self._mean(output, alpha_bar, previous, beta, x)
@@ -88,12 +81,6 @@ class DDIMScheduler(StepScheduler):
         self, model_output: Tensor, timestep: Time, sample: Tensor, eta: float = 0.0, use_clipped_model_output: bool = False,
         generator: Generators = None, variance_noise: Tensor | None = None, return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
-        """Goes one step towards the clean sample; see :meth:`SchedulerMixin.step`.
-
-        Args:
-            eta: Share of the posterior's deviation that is added as noise, 0 (none) to 1 (as DDPM).
-            use_clipped_model_output: Recompute the noise from the clipped denoised sample.
-        """
         noise = variance_noise if eta else None
         if noise is not None and generator is not None:
             raise ValueError("generator and variance_noise exclude each other: pass one of them")
@@ -269,12 +256,7 @@ class RePaintScheduler(DDIMScheduler):
         self, model_output: Tensor, timestep: Time, sample: Tensor, original_image: Tensor, mask: Tensor,
         generator: Generators = None, return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
-        """Goes one step towards the clean sample; see :meth:`SchedulerMixin.step`.
-
-        Args:
-            original_image: The clean picture, as ``sample``.
-            mask: 1 where the picture is known and kept, 0 where it is made anew; broadcasts to ``sample``.
-        """
+        """Goes one step, keeping of ``original_image``, clean, what is 1 and not 0 in ``mask``; both broadcast to ``sample``."""
         return self._advance(model_output, timestep, sample, return_dict, original_image, mask, generator)
 
     def update(self, output: Tensor, t: int, x: Tensor, picture: Tensor, mask: Tensor, generator: Generators) -> Update:  # type: ignore[override]
@@ -388,7 +370,7 @@ class CogVideoXDDIMScheduler(DDIMScheduler):
         self.betas = beta_table(c["beta_schedule"], len(self), c["beta_start"], c["beta_end"], c["trained_betas"], dtype)
         alpha_bar = (1 - self.betas).cumprod(0)
         alpha_bar = alpha_bar / (c["snr_shift_scale"] + (1 - c["snr_shift_scale"]) * alpha_bar)
-        self.alphas_cumprod = zero_terminal_snr(alpha_bar) if c["rescale_betas_zero_snr"] else alpha_bar
+        self.alphas_cumprod = zero_terminal(alpha_bar) if c["rescale_betas_zero_snr"] else alpha_bar
         return self.alphas_cumprod
 
     def update(self, output: Tensor, t: int, x: Tensor, eta: float, reclip: bool, noise: Tensor | None) -> Update:
@@ -405,10 +387,9 @@ class CogVideoXDPMScheduler(CogVideoXDDIMScheduler):
         sample: Tensor, eta: float = 0.0, use_clipped_model_output: bool = False, generator: Generators = None,
         variance_noise: Tensor | None = None, return_dict: bool = False,
     ) -> StepResult:  # fmt: skip
-        """Goes one step towards the clean sample; see :meth:`SchedulerMixin.step`.
+        """Goes one step; ``old_pred_original_sample`` and ``timestep_back`` are of the last, ``None`` in the first.
 
-        ``old_pred_original_sample`` and ``timestep_back`` are of the last step, ``None`` in the first; ``eta`` and
-        ``variance_noise``, of other schedulers, are refused.
+        ``eta`` and ``variance_noise``, of other schedulers, are refused. See :meth:`SchedulerMixin.step`.
         """
         if eta or variance_noise is not None:
             raise ValueError("eta and variance_noise are not for CogVideoX's schedulers: leave them out and pass a generator")

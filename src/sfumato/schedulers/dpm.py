@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..random import Generators
 from .base import Count, Device, SigmaScheduler, StepResult, StochasticScheduler, Time, Values
-from .noise import integer_steps, noise_like, one_of, one_source, sigmas_to_steps
+from .noise import integer_steps, noise_like, one_of, sigmas_to_steps
 from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance
 
 
@@ -30,17 +29,13 @@ class LogSnrScheduler(SigmaScheduler):
     _on_denoised = True  # extrapolate the denoised sample, else the noise
     _tau2 = 0.0  # square of the noise's strength
 
+    _respaces_flow = False
+
     def _build(self) -> None:
-        c = self.config
-        from_flow = "shift" in c and "use_flow_sigmas" in c["_use_default_values"]
         super()._build()
         one_of("time_shift_type", self._own("time_shift_type", "exponential"), "exponential")
-        self._flow = from_flow or bool(self._own("use_flow_sigmas", False))
-        if from_flow:
-            self._kind = "flow_prediction"
-        elif self._kind == "flow_prediction" and not self._flow:
+        if self._kind == "flow_prediction" and not self.is_flow:
             raise ConfigError("prediction_type='flow_prediction' needs the levels of a flow: set use_flow_sigmas=True")
-        self._shift = c["shift"] if from_flow else self._own("flow_shift", 1.0)
         self._ramp = self._ramp or ("lu" if self._own("use_lu_lambdas", False) else None)
         self._euler_at_final = self._own("euler_at_final", False)
 
@@ -52,7 +47,7 @@ class LogSnrScheduler(SigmaScheduler):
         return value
 
     def _signal_noise(self, sigma: float) -> tuple[float, float]:
-        if self._flow:
+        if self.is_flow:
             return 1 - sigma, sigma
         alpha = 1 / math.sqrt(sigma**2 + 1)
         return alpha, sigma * alpha
@@ -65,50 +60,39 @@ class LogSnrScheduler(SigmaScheduler):
     def set_timesteps(self, num_inference_steps: Count = None, device: Device = None) -> None:
         self._lay_out(device, num_inference_steps)
 
-    def _lay_out(
-        self, device: Device, count: int | None, timesteps: Any = None, sigmas: Any = None, mu: float | None = None
-    ) -> None:
-        if mu is not None and not self.config.get("use_dynamic_shifting"):
-            raise ValueError(f"mu={mu} needs a scheduler with use_dynamic_shifting=True")
-        if timesteps is not None and (self._ramp or self._flow):
-            raise ValueError(f"timesteps cannot be set with the {self._ramp or 'flow'!r} spacing: pass num_inference_steps")
-        if sigmas is not None and not self._flow:
-            raise ValueError("sigmas can be set for flow models only: set use_flow_sigmas=True, or pass num_inference_steps")
-        stops = self._stops(count, timesteps) if sigmas is None else np.asarray(sigmas, dtype=np.float64)
-        levels, stops = self._levels_at(stops, sigmas is not None, mu)
-        self.num_inference_steps, self._time_type = len(stops), torch.int64
-        self._set_levels(np.append(levels, self._end(levels)), stops, device)
+    def _takes_times(self) -> bool:
+        return super()._takes_times() and not self.is_flow
 
-    def _stops(self, count: int | None, timesteps: Any = None) -> np.ndarray:
-        if timesteps is not None:
-            return np.array(timesteps).astype(np.int64)
+    def _run_levels(
+        self, count: int | None, timesteps: Any, sigmas: Any, mu: float | None, train_steps: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if sigmas is not None and not self.is_flow:
+            raise ValueError("sigmas can be set for flow models only: set use_flow_sigmas=True, or pass num_inference_steps")
+        if sigmas is not None and self._ramp:
+            count, sigmas = len(sigmas), None
+        return super()._run_levels(count, timesteps, sigmas, mu)
+
+    def _stops(self, count: int, train_steps: int | None = None) -> np.ndarray:
         spacing, offset = self._own("timestep_spacing", "linspace"), self._own("steps_offset", 0)
-        stops = integer_steps(spacing, self._check_count(count), len(self), offset, extra=1, top=self._top())
-        return stops.round().astype(np.int64)
+        return integer_steps(spacing, count, len(self), offset, extra=1, top=self._top()).round()
 
     def _top(self) -> int:
         """Returns how many training steps are within ``lambda_min_clipped``: lambda falls along the table."""
         return int((-np.log(self._table) >= self._own("lambda_min_clipped", -math.inf)).sum())
 
-    def _levels_at(self, stops: np.ndarray, given: bool, mu: float | None) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a run's noise levels, without the last, and its whole training steps; ``stops`` may be a flow's given levels."""
-        if self._flow and not self._ramp:
-            even = stops if given else self._even_flow(len(stops))
-            levels = self._flow_levels(None, sigmas=even, mu=mu)[0][:-1]
-            return levels, (levels * len(self)).astype(np.int64)
-        if self._ramp is None:
-            return self._sigmas_at(stops), stops
-        # Levels uniform in lambda are uniform in log sigma as well (arXiv:2206.00927 section 3.4), on this table.
-        levels = self._ramp_levels("exponential" if self._ramp == "lu" else self._ramp, *self._bounds, len(stops))
-        steps = sigmas_to_steps(levels, self._table)
-        rounded = self._ramp in ("karras", "lu") and self.config["beta_schedule"] != "squaredcos_cap_v2"  # else cut off, as trained
-        return levels, (steps.round() if rounded else steps).astype(np.int64)
+    def _ramp_ends(self, levels: np.ndarray) -> tuple[float, float]:
+        return super()._ramp_ends(np.array(self._bounds))
 
-    def _even_flow(self, count: int) -> np.ndarray:
+    def _times_of(self, levels: np.ndarray) -> np.ndarray:
+        steps = sigmas_to_steps(levels, self._table)
+        rounded = self._ramp in ("karras", "lu") and self.config["beta_schedule"] != "squaredcos_cap_v2"
+        return steps.round() if rounded else steps  # else cut off, as trained
+
+    def _even_flow(self, count: int, shift: float) -> np.ndarray:
         return 1 - np.linspace(1.0, 1 / len(self), count + 1)[:0:-1]
 
-    def _end(self, levels: np.ndarray) -> float:
-        return float(levels[-1]) if self._flow and not self._ramp and self._final_sigma else self._final_sigma
+    def _flow_end(self, levels: np.ndarray) -> float:
+        return float(levels[-1]) if self._final_sigma else 0.0
 
     def _convert(self, output: Tensor, i: int, x: Tensor) -> Tensor:
         """Returns what the solver extrapolates: the denoised sample, or the noise."""
@@ -213,7 +197,6 @@ class DPMSolverMultistepScheduler(DPMSolverScheduler):
         self, num_inference_steps: Count = None, device: Device = None, mu: float | None = None, timesteps: Values = None, *,
         sigmas: Values = None,
     ) -> None:  # fmt: skip
-        one_source(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         self._lay_out(device, num_inference_steps, timesteps, sigmas, mu)
 
     def step(  # type: ignore[override]
@@ -232,21 +215,16 @@ class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
 
     set_timesteps = LogSnrScheduler.set_timesteps  # type: ignore[assignment]
 
-    def _stops(self, count: int | None, timesteps: Any = None) -> np.ndarray:
+    def _stops(self, count: int, train_steps: int | None = None) -> np.ndarray:
         c, top = self.config, self._top()
-        self._noisiest = float(self._table[top - 1])
         if c["timestep_spacing"] == "trailing":
-            stops = integer_steps("trailing", self._check_count(count), len(self), top=top)
-        else:
-            stops = integer_steps(c["timestep_spacing"], self._check_count(count) + 1, len(self), c["steps_offset"], top=top)[1:]
-        return stops[::-1].round().astype(np.int64)
+            return integer_steps("trailing", count, len(self), top=top).round()
+        return integer_steps(c["timestep_spacing"], count + 1, len(self), c["steps_offset"], top=top)[1:].round()
 
-    def _levels_at(self, stops: np.ndarray, given: bool, mu: float | None) -> tuple[np.ndarray, np.ndarray]:
-        levels, steps = super()._levels_at(stops, given, mu)
-        return (levels[::-1], steps[::-1]) if levels[0] > levels[-1] else (levels, steps)
-
-    def _end(self, levels: np.ndarray) -> float:
-        return float(levels[-1]) if self._flow and not self._ramp else self._noisiest
+    def _run_levels(self, *given: Any) -> tuple[np.ndarray, np.ndarray]:
+        levels, times = super()._run_levels(*given)
+        noisiest = levels[0] if self.is_flow and not self._ramp else self._table[self._top() - 1]
+        return np.append(levels[-2::-1], noisiest), times[::-1]
 
 
 class DPMSolverSinglestepScheduler(DPMSolverScheduler):
@@ -260,10 +238,9 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
     config_choices = {"solver_order": (1, 2, 3)}
     set_timesteps = DPMSolverMultistepScheduler.set_timesteps
 
-    def _stops(self, count: int | None, timesteps: Any = None) -> np.ndarray:
-        stops = super()._stops(count, timesteps)
-        self.order_list = self.get_order_list(len(stops))
-        return stops
+    def _set_schedule(self, timesteps: np.ndarray, device: Device = None) -> None:
+        super()._set_schedule(timesteps, device)
+        self.order_list = self.get_order_list(len(timesteps))
 
     def get_order_list(self, num_inference_steps: int) -> list[int]:
         """Returns how many outputs each evaluation uses: 1 to the order, over and over, lowered at the end."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..random import Generators, randn
 from .base import Count, Device, SigmaScheduler, StepResult, StochasticScheduler, Time, Update, Values
 from .brownian import BrownianNoise
-from .noise import integer_steps, noise_like, one_source, shift_flow_sigmas, sigma_ramp, sigmas_to_steps
+from .noise import noise_like, shift_flow, sigma_ramp
 from .prediction import blend
 
 Churn = tuple[float, float, float, float]
@@ -36,32 +36,27 @@ class ExplodingScheduler(SigmaScheduler):
     _direct = False  # whether the network's output is the slope
 
     def _build(self) -> None:
-        c = self.config
-        self._flow = c.get("prediction_type") == "flow_prediction" or "shift" in c or bool(c.get("use_flow_sigmas"))
         super()._build()
-        if self._flow:
-            if "prediction_type" in c["_use_default_values"] or "prediction_type" not in c:
-                self._kind = "flow_prediction"
+        if self.is_flow:
             self._set_flow()
-        self._direct = not self._clips and self._kind == ("flow_prediction" if self._flow else "epsilon")
+        self._direct = not self._clips and self._kind == ("flow_prediction" if self.is_flow else "epsilon")
 
     def _set_flow(self) -> None:
         """Lays out all levels that a flow model was trained with."""
-        c = self.config
-        self._flow, self._shift = True, c.get("shift") or c.get("flow_shift") or 1.0
-        levels = shift_flow_sigmas(np.arange(len(self), 0, -1) / len(self), 1.0 if c.get("use_dynamic_shifting") else self._shift)
+        dynamic = self.config.get("use_dynamic_shifting")
+        levels = shift_flow(np.arange(len(self), 0, -1) / len(self), 1.0 if dynamic else self._shift)
         self._set_levels(np.append(levels, 0.0), levels * len(self))
 
     @property
     def init_noise_sigma(self) -> float:  # type: ignore[override]
-        if self._flow:
+        if self.is_flow:
             return 1.0
         largest = max(self._sigmas)
         return math.sqrt(largest**2 + 1) if self.config["timestep_spacing"] == "leading" else largest
 
     def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
         """Scales the sample at this timestep to the variance that the network expects; flow models take it as it is."""
-        return sample if self._flow else sample * (1 / math.sqrt(self._evaluated(self._position(timestep)) ** 2 + 1))
+        return sample if self.is_flow else sample * (1 / math.sqrt(self._evaluated(self._position(timestep)) ** 2 + 1))
 
     def _evaluated(self, i: int) -> float:
         """Returns the noise level at which the network is asked at a position of the run."""
@@ -79,49 +74,17 @@ class ExplodingScheduler(SigmaScheduler):
         return torch.add(x, output, alpha=there - here) if self._direct else torch.lerp(x0, x, there / here)
 
     def set_timesteps(
-        self, num_inference_steps: Count = None, device: Device = None, *, sigmas: Values = None, mu: float | None = None
-    ) -> None:
-        one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
-        self._lay_out(device, num_inference_steps, None, sigmas, mu)
-
-    def _lay_out(
-        self, device: Device, count: int | None = None, timesteps: Any = None, sigmas: Any = None, mu: float | None = None,
-        train_steps: int | None = None,
+        self, num_inference_steps: Count = None, device: Device = None, *, timesteps: Values = None, sigmas: Values = None,
+        mu: float | None = None,
     ) -> None:  # fmt: skip
-        if mu is not None and not self.config.get("use_dynamic_shifting"):
-            raise ValueError(f"mu={mu} needs a scheduler with use_dynamic_shifting=True")
-        if self._flow:
-            levels, times = self._flow_levels(count, timesteps, sigmas, mu)
-        elif sigmas is not None:
-            levels = np.array(sigmas, dtype=np.float64)
-            times = self._times_of(levels[:-1])
-        else:
-            stops = self._stops(count, train_steps) if timesteps is None else np.array(timesteps, np.float64)
-            levels, times = self._levels_at(stops)
-        self.num_inference_steps = len(times)
-        self._set_levels(levels, times, device)
-
-    def _stops(self, count: int | None, train_steps: int | None = None) -> np.ndarray:
-        c = self.config
-        return integer_steps(c["timestep_spacing"], self._check_count(count), train_steps or len(self), c["steps_offset"])
-
-    def _levels_at(self, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the noise levels of a run, the last included, and its timesteps."""
-        levels = self._sigmas_at(stops)
-        if self._ramp:
-            levels = self._ramp_levels(self._ramp, levels[0], levels[-1], len(stops))
-            stops = self._times_of(levels)
-        return np.append(levels, self._final_sigma), stops
-
-    def _times_of(self, levels: np.ndarray) -> np.ndarray:
-        return levels * len(self) if self._flow else sigmas_to_steps(levels, self._table)
+        self._lay_out(device, num_inference_steps, timesteps, sigmas, mu)
 
     def _churn(self, x: Tensor, i: int, churn: Churn, dtype: torch.dtype, generator: Generators) -> tuple[Tensor, float]:
         """Adds noise before a step (arXiv:2206.00364 algorithm 2) and returns the sample with its raised level."""
         sigma, (amount, low, high, factor) = self._sigmas[i], churn
         if amount <= 0 or not low <= sigma <= high:
             return x, sigma
-        if self._flow:
+        if self.is_flow:
             raise ValueError(f"s_churn={amount} raises the noise level, which a flow cannot exceed at its start: set s_churn=0")
         raised = sigma * (1 + min(amount / (len(self._sigmas) - 1), math.sqrt(2) - 1))
         noise = randn(x.shape, generator=generator, device=x.device, dtype=dtype)
@@ -129,7 +92,7 @@ class ExplodingScheduler(SigmaScheduler):
 
     def _renoise(self, x: Tensor, down: float, up: float, noise: Tensor, factor: float = 1.0) -> Tensor:
         """Brings ``x`` from the level ``down`` back to ``up``, in place, with noise of the variance that is missing there."""
-        ratio = (1 - up) / (1 - down) if self._flow else 1.0
+        ratio = (1 - up) / (1 - down) if self.is_flow else 1.0
         added = math.sqrt(max(up**2 - (ratio * down) ** 2, 0.0))
         return (x if ratio == 1 else x.mul_(ratio)).add_(noise, alpha=added * factor)
 
@@ -154,11 +117,10 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         self, num_inference_steps: Count = None, device: Device = None, timesteps: Values = None, sigmas: Values = None, *,
         mu: float | None = None,
     ) -> None:  # fmt: skip
-        one_source(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-        if timesteps is not None and (self._ramp or self._continuous):
-            cause = f"use_{self._ramp}_sigmas=True" if self._ramp else "timestep_type='continuous'"
-            raise ValueError(f"timesteps cannot be set with {cause}: pass sigmas, or change the configuration")
         self._lay_out(device, num_inference_steps, timesteps, sigmas, mu)
+
+    def _takes_times(self) -> bool:
+        return super()._takes_times() and not self._continuous
 
     def _sigmas_at(self, stops: np.ndarray) -> np.ndarray:
         even = self.config["interpolation_type"] == "log_linear"
@@ -175,11 +137,6 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         self, model_output: Tensor, timestep: Time, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
         s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
-        """Goes one step towards the clean sample; see :meth:`SchedulerMixin.step`.
-
-        ``s_churn`` is how much noise a run adds before its steps (0 is deterministic), times ``s_noise``, at sigmas in
-        ``s_tmin``..``s_tmax``.
-        """
         return self._advance(model_output, timestep, sample, return_dict, (s_churn, s_tmin, s_tmax, s_noise), generator)
 
     def update(self, output: Tensor, i: int, x: Tensor, churn: Churn, generator: Generators) -> Update:
@@ -274,9 +231,6 @@ class HeunDiscreteScheduler(TwoStageScheduler):
         timesteps: Values = None, *, sigmas: Values = None, mu: float | None = None,
     ) -> None:  # fmt: skip
         """Lays out a run; ``num_train_timesteps`` overrides the configuration's. See :class:`SchedulerMixin`."""
-        one_source(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-        if timesteps is not None and self._ramp:
-            raise ValueError(f"timesteps cannot be set with use_{self._ramp}_sigmas=True: pass sigmas")
         self._lay_out(device, num_inference_steps, timesteps, sigmas, mu, num_train_timesteps)
 
     def first(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, source: Any) -> Pair:
@@ -300,10 +254,9 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
 
     def set_timesteps(
         self, num_inference_steps: Count = None, device: Device = None, num_train_timesteps: int | None = None, *,
-        sigmas: Values = None, mu: float | None = None,
+        timesteps: Values = None, sigmas: Values = None, mu: float | None = None,
     ) -> None:  # fmt: skip
-        one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
-        self._lay_out(device, num_inference_steps, None, sigmas, mu, num_train_timesteps)
+        self._lay_out(device, num_inference_steps, timesteps, sigmas, mu, num_train_timesteps)
 
     def _levels_at(self, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         levels, times = super()._levels_at(stops)
@@ -348,7 +301,6 @@ class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
         self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True, s_noise: float = 1.0, *,
         generator: Generators = None,
     ) -> StepResult:  # fmt: skip
-        """Goes one evaluation further, with ``s_noise`` times the noise; ``generator`` seeds it in the run's first step."""
         return self._advance(model_output, timestep, sample, return_dict, s_noise, generator)
 
     def update(self, output: Tensor, i: int, x: Tensor, factor: float, generator: Generators) -> Update:  # type: ignore[override]
@@ -357,8 +309,7 @@ class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
             self._path = BrownianNoise(x.to(output.dtype), *ends, seed=seed, generator=generator)
         return super().update(output, i, x, factor)
 
-    def _levels_at(self, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return ExplodingScheduler._levels_at(self, stops)
+    _levels_at = ExplodingScheduler._levels_at
 
     def _middle(self, here: float, there: float) -> float:
         low, high = torch.tensor((here, there)).log()

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..random import Generators
-from .base import Count, Device, StepResult, StochasticScheduler, Time, Update, Values
-from .euler import ExplodingScheduler, HeunDiscreteScheduler
+from .base import Count, Device, StepResult, StochasticScheduler, Time, Values
+from .euler import Churn, EulerDiscreteScheduler, ExplodingScheduler, HeunDiscreteScheduler
 from .noise import noise_like
 
 
@@ -31,7 +31,8 @@ class FlowScheduler(ExplodingScheduler):
             remedy = "take the class of the same name without 'FlowMatch'"
             raise ConfigError(f"{type(self).__name__} is for flow models, the configuration has prediction_type={kind!r}: {remedy}")
         self._kind, self._direct, self._thresholds, self._clips = "flow_prediction", True, False, False
-        self._ramp, self._final_sigma = self._read_ramp(), 0.0
+        self._ramp = self._read_ramp()
+        self._read_flow()
         self._set_flow()
 
     @property
@@ -46,12 +47,6 @@ class FlowScheduler(ExplodingScheduler):
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """Mixes clean samples ``(B, ...)`` with noise at the level of ``timestep``, as :meth:`add_noise` does."""
         return self.add_noise(sample, noise, torch.as_tensor(timestep).reshape(-1))
-
-
-def refuse_churn(s_churn: float) -> None:
-    """Raises a ValueError for churn, which would raise the noise of a flow above the level that it begins with."""
-    if s_churn:
-        raise ValueError(f"s_churn={s_churn}: flow models take no churn; for noise use stochastic_sampling=True")
 
 
 class FlowMatchEulerDiscreteScheduler(FlowScheduler):
@@ -72,23 +67,24 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
             raise ValueError("set_timesteps needs num_inference_steps, sigmas or timesteps")
         if len(lengths | ({num_inference_steps} if num_inference_steps is not None else set())) > 1:
             raise ValueError("num_inference_steps, sigmas and timesteps differ in length: pass one of them")
-        self._lay_out(device, num_inference_steps, timesteps, sigmas, mu if self.config["use_dynamic_shifting"] else None)
+        mu = mu if self.config["use_dynamic_shifting"] else None
+        self._take(*self._flow_levels(num_inference_steps, timesteps, sigmas, mu), device)
 
     def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: Time, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
         s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
-        """Goes one step towards the clean sample; see :meth:`SchedulerMixin.step`.
+        """Goes one step; ``per_token_timesteps``, ``(B, N)``, are times of the tokens of a sample ``(B, N, C)``.
 
-        ``s_churn`` other than 0 is refused. ``per_token_timesteps`` are times of single tokens, ``(B, N)``, of a sample
-        ``(B, N, C)``: each goes to the level below its own.
+        Each goes to the level below its own. See :meth:`SchedulerMixin.step`.
         """
-        refuse_churn(s_churn)
-        return self._advance(model_output, timestep, sample, return_dict, generator, per_token_timesteps)
+        churn = s_churn, s_tmin, s_tmax, s_noise
+        return self._advance(model_output, timestep, sample, return_dict, churn, generator, per_token_timesteps)
 
-    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators, times: Tensor | None = None) -> Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor, churn: Churn, generator: Generators, times: Tensor | None) -> Tensor:
         """Euler's step along the prediction, or with fresh noise in place of the old (arXiv:2210.02747)."""
+        self._churn(x, i, churn, x.dtype, generator)  # which flows refuse
         levels: Any = self._sigmas[i : i + 2]
         here, there = levels
         if times is not None:
@@ -108,16 +104,12 @@ class FlowMatchHeunDiscreteScheduler(FlowScheduler, HeunDiscreteScheduler):
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:  # type: ignore[override]
         self._lay_out(device, num_inference_steps)
 
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
-        s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
-        """Goes one evaluation further; see :meth:`FlowMatchEulerDiscreteScheduler.step` for the arguments."""
-        refuse_churn(s_churn)
-        return self._advance(model_output, timestep, sample, return_dict)
+    step = EulerDiscreteScheduler.step  # type: ignore[assignment]
 
-    def update(self, output: Tensor, i: int, x: Tensor, source: Any = None) -> Update:
-        return super().update(output, i, x)[0], None
+    def update(self, output: Tensor, i: int, x: Tensor, churn: Churn, generator: Generators) -> Tensor:  # type: ignore[override]
+        """One evaluation; see :class:`TwoStageScheduler`."""
+        self._churn(x, i, churn, x.dtype, generator)  # which flows refuse
+        return super().update(output, i, x)[0]
 
 
 class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
@@ -138,7 +130,7 @@ class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
         if i < len(factors):
             size = [round(factors[i] * side) for side in self._start]
             x0 = F.interpolate(x0, size=size, mode=self.config["upscale_mode"])
-        return noise_like(x0, generator).mul_(there).add_(x0, alpha=1 - there)
+        return noise_like(x0, generator).lerp_(x0, 1 - there)
 
 
 class LTXEulerAncestralRFScheduler(StochasticScheduler, FlowScheduler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from ..random import Generators
 from .base import Count, Device, SchedulerMixin, StepResult, StepScheduler, StochasticScheduler, Time, Update, Values
 from .dpm import LogSnrScheduler
 from .euler import ExplodingScheduler
-from .noise import noise_like, one_source
+from .noise import noise_like
 from .prediction import blend, polynomial_weights
 
 
@@ -35,7 +36,6 @@ class DEISMultistepScheduler(LogSnrScheduler):
     def set_timesteps(
         self, num_inference_steps: Count = None, device: Device = None, mu: float | None = None, *, sigmas: Values = None
     ) -> None:
-        one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
         self._lay_out(device, num_inference_steps, None, sigmas, mu)
 
 
@@ -61,22 +61,20 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     def set_timesteps(
         self, num_inference_steps: Count = None, device: Device = None, sigmas: Values = None, mu: float | None = None
     ) -> None:
-        if sigmas is None or num_inference_steps is None:
-            one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
-        self._lay_out(device, num_inference_steps, None, sigmas, mu)
+        self._lay_out(device, num_inference_steps if sigmas is None else None, None, sigmas, mu)
         if self.config["solver_p"] is not None:
             self._predictor = self.config["solver_p"].fresh()
             self._predictor.set_timesteps(len(self._times), device=device)
 
-    def _levels_at(self, stops: np.ndarray, given: bool, mu: float | None) -> tuple[np.ndarray, np.ndarray]:
-        levels, times = super()._levels_at(stops, given, mu)
-        if self._flow and self._ramp:
-            levels = levels / (1 + levels)
-        elif self._flow and levels[0] > 1 - 1e-6:
-            levels[0] = 1 - 1e-6  # lambda is infinite at 1
-        return levels, (levels * len(self)).astype(np.int64) if self._flow else times
+    def _run_levels(self, *given: Any) -> tuple[np.ndarray, np.ndarray]:
+        levels, times = super()._run_levels(*given)
+        if not self.is_flow:
+            return levels, times
+        # lambda is infinite at 1
+        levels = np.append(levels[:-1] / (1 + levels[:-1]), levels[-1]) if self._ramp else np.minimum(levels, 1 - 1e-6)
+        return levels, levels[:-1] * len(self)
 
-    def _even_flow(self, count: int) -> np.ndarray:
+    def _even_flow(self, count: int, shift: float) -> np.ndarray:
         return np.linspace(1.0, 1 / len(self), count + 1)[:-1]
 
     def update(self, output: Tensor, i: int, x: Tensor) -> Tensor:
@@ -112,7 +110,7 @@ class SASolverScheduler(StochasticScheduler, LogSnrScheduler):
 
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         # noise is added at the training step itself, wherever the run is
-        return super()._levels(timesteps) if self._flow else StepScheduler._levels(self, timesteps.long())  # type: ignore[arg-type]
+        return super()._levels(timesteps) if self.is_flow else StepScheduler._levels(self, timesteps.long())  # type: ignore[arg-type]
 
     def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:
         """Corrects the sample (eq. 17, Adams-Moulton) and predicts the next one (eq. 14, Adams-Bashforth)."""

@@ -61,16 +61,10 @@ def beta_table(
     return torch.tensor(np.minimum(1 - signal[1:] / signal[:-1], 0.999), dtype=torch.float32)
 
 
-def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
-    """Does the same to the shares of signal variance instead of the betas."""
+def zero_terminal(alpha_bar: Tensor) -> Tensor:
+    """Shifts and scales shares of signal variance so that the last step holds no signal (arXiv:2305.08891, algorithm 1)."""
     root = alpha_bar.sqrt()
     return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-
-
-def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shifts and scales a schedule so that its last step holds no signal (arXiv:2305.08891, algorithm 1)."""
-    alpha_bar = zero_terminal_snr((1.0 - betas).cumprod(0))
-    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 
 def integer_steps(spacing: str, count: int, steps: int, offset: int = 0, extra: int = 0, top: int | None = None) -> np.ndarray:
@@ -103,13 +97,13 @@ def sigma_ramp(
 ) -> np.ndarray:
     """Returns sigmas from ``high`` down to ``low``, as many as ``places`` or at these places in 0..1, calculated in ``dtype``.
 
-    They are ``karras`` (arXiv:2206.00364 eq. 5), ``exponential`` (uniform in log sigma) or ``beta`` (quantiles of Beta(0.6, 0.6),
-    arXiv:2407.12173).
+    They are ``karras`` (arXiv:2206.00364 eq. 5), ``exponential`` (uniform in log sigma, as is ``lu``, uniform in lambda,
+    arXiv:2206.00927 section 3.4) or ``beta`` (quantiles of Beta(0.6, 0.6), arXiv:2407.12173).
     """
-    if name == "exponential" and isinstance(places, int):
+    if name in ("exponential", "lu") and isinstance(places, int):
         return torch.linspace(math.log(high), math.log(low), places, dtype=dtype).exp().numpy()
     place = torch.linspace(0, 1, places, dtype=dtype) if isinstance(places, int) else torch.as_tensor(places, dtype=dtype)
-    if name == "exponential":
+    if name in ("exponential", "lu"):
         return (math.log(high) + place * (math.log(low) - math.log(high))).exp().numpy()
     if name == "karras":
         return ((high ** (1 / rho) + place * (low ** (1 / rho) - high ** (1 / rho))) ** rho).numpy()
@@ -128,6 +122,6 @@ def sigmas_to_steps(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
     return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(table), np.arange(len(table)))
 
 
-def shift_flow_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
+def shift_flow(sigmas: np.ndarray, shift: float) -> np.ndarray:
     """Moves flow sigmas in 0..1 towards noise for large pictures (arXiv:2403.03206 eq. 23)."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)

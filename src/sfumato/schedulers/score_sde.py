@@ -72,9 +72,10 @@ class KarrasVeScheduler(SchedulerMixin):
 
         ``model_output`` is ``(x0 - sample) / sigma``, minus the noise; ``sigma_hat, sample_hat`` are of ``add_noise_to_input``.
         """
-        x0 = torch.add(sample_hat, model_output, alpha=float(sigma_hat))
         new = torch.add(sample_hat, model_output, alpha=float(sigma_hat) - float(sigma_prev))
-        return KarrasVeOutput(new, -model_output, x0) if return_dict else (new, -model_output)
+        if not return_dict:
+            return new, -model_output
+        return KarrasVeOutput(new, -model_output, torch.add(sample_hat, model_output, alpha=float(sigma_hat)))
 
     def step_correct(
         self, model_output: Tensor, sigma_hat: float, sigma_prev: float, sample_hat: Tensor, sample_prev: Tensor,
