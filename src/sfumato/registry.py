@@ -46,7 +46,7 @@ _MODULES: dict[str, str] = {
     " LCMSchedulerOutput TCDSchedulerOutput",
     "schedulers.score_sde": "KarrasVeScheduler ScoreSdeVeScheduler ScoreSdeVpScheduler KarrasVeOutput SdeVeOutput",
     "schedulers.tokens": "VQDiffusionScheduler AmusedScheduler",
-    "media.processor": "VaeImageProcessor",
+    "media.processor": "VaeImageProcessor IPAdapterMaskProcessor",
     "pipelines.base": "DiffusionPipeline",
     "pipelines.auto": "AutoPipelineForText2Image AutoPipelineForImage2Image AutoPipelineForInpainting",
     "pipelines.run": "Run Request Progress RunCancelled evaluate",

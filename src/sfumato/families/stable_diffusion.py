@@ -67,10 +67,6 @@ class StableDiffusion(UNetFamily):
         check_prompts(args)
         config = self.unet.config
         check_width(args, ("prompt_embeds", "negative_prompt_embeds"), config.get("encoder_hid_dim") or config.cross_attention_dim)
-        if args.ip_adapter_image is not None or args.ip_adapter_image_embeds is not None:
-            raise ValueError("ip_adapter_image is given, but no IP-Adapter is loaded in this pipeline")
-        if args.cross_attention_kwargs:
-            raise ValueError(f"cross_attention_kwargs={args.cross_attention_kwargs!r} reaches no adapter: leave it out")
 
     def embed(self, run: Run, guided: bool) -> dict[str, dict[str, torch.Tensor]]:
         args = run.args

@@ -12,7 +12,8 @@ from ..models.several import Several
 from ..pipelines.adapters import Control
 from ..pipelines.conditioning import Conditioning, numbered
 from ..pipelines.guidance import WHOLE, Guidance, Weakening
-from ..pipelines.image import ATTENTION_INPUTS, ImagePipeline, attention_options, network_of
+from ..pipelines.image import ATTENTION_INPUTS, attention_options, network_of
+from ..pipelines.ip_adapter import PicturePrompts
 from ..pipelines.run import Run
 
 ADDED = ("text_embeds", "time_ids", "image_embeds")
@@ -25,7 +26,7 @@ RESIDUALS = ("down_block_additional_residuals", "down_intrablock_additional_resi
 """Conditioning of several tensors that reaches the U-Net as a tuple."""
 
 
-class UNetFamily(ImagePipeline):
+class UNetFamily(PicturePrompts):
     """A conditional U-Net that predicts latents."""
 
     adapters_before = "scheduler"

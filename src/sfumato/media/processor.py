@@ -367,3 +367,13 @@ def _as_tensor(item: np.ndarray | torch.Tensor, by_batch: bool) -> torch.Tensor:
     if not (x.is_floating_point() or x.dtype == torch.bool):
         raise TypeError(f"a picture of {item.dtype}: expected uint8 in 0..255, or floats in 0..1")
     return x.float() if x.dtype == torch.bool or (array and x.dtype == torch.float64) else x
+
+
+class IPAdapterMaskProcessor(VaeImageProcessor):
+    """Prepares masks, white where the picture of an IP-Adapter acts; the arguments are those of :class:`VaeImageProcessor`."""
+
+    def __init__(
+        self, do_resize: bool = True, vae_scale_factor: int = 8, resample: str = "lanczos", do_normalize: bool = False,
+        do_binarize: bool = True, do_convert_grayscale: bool = True,
+    ) -> None:  # fmt: skip
+        self.register_to_config(vae_latent_channels=4, reducing_gap=None, do_convert_rgb=False)

@@ -36,7 +36,7 @@ class AttentionOptions:
         regions: Where each of R prompts holds, (B, R, H, W) of 0 and 1 at any resolution; the text tokens are those of the R
             prompts one after the other, M = R * N. Each pixel attends to the prompts that hold there.
         image_tokens: Encoded picture prompts, one (B, pictures, K, C) for each IP-Adapter.
-        image_scales: Weight of each IP-Adapter in each of the L layers that it reaches, (B, L, adapters).
+        image_scales: Weight of each picture in each of the L layers that IP-Adapters reach, (B, L, pictures of all adapters).
         image_masks: Where the pictures of each IP-Adapter act, (B, pictures, H, W) at any resolution; empty for everywhere.
     """
 

@@ -184,7 +184,7 @@ class ConditionedUNet(UNetBase):
 
     def project_tokens(self, context: torch.Tensor | None, added: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """Turns ``encoder_hidden_states``, and pictures, into the tokens that the blocks attend to."""
-        if self.encoder_hid_proj is None:
-            return context
+        if self.encoder_hid_proj is None or self.config.encoder_hid_dim_type is None:
+            return context  # what an IP-Adapter projects reaches the attention as options
         tokens = () if self.config.encoder_hid_dim_type == "image_proj" else (context,)
         return self.encoder_hid_proj(*tokens, *(added[name] for name in TOKEN_INPUTS[self.config.encoder_hid_dim_type]))

@@ -98,6 +98,12 @@ class UNet2DConditionModel(ConditionedUNet):
         self._build_out(norm_num_groups, act_fn, conv_out_kernel)
         self.center_input_sample = center_input_sample
 
+    @classmethod
+    def downgrade_state_dict(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if any(".processor." in key for key in tensors):
+            raise ConfigError("an IP-Adapter is loaded in this network: save it after `pipe.unload_ip_adapter()`")
+        return tensors
+
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, encoder_hidden_states: torch.Tensor | None,
         class_labels: torch.Tensor | None = None, timestep_cond: torch.Tensor | None = None,

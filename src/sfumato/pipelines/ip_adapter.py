@@ -1,0 +1,444 @@
+"""IP-Adapters: pictures as prompts (arXiv:2308.06721): loading, scales, and what a run tells its denoiser of them.
+
+Loading changes the denoiser, which pipelines may share, and is not for the time of a call. Calls change nothing: a run encodes its
+pictures and reads the scales when it starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import WeightsError, did_you_mean, refuse_unknown
+from ..hub import PathLike, Source
+from ..models.ip_projections import MultiIPAdapterImageProjection, build_projection, input_width, reads_patches
+from ..models.layers.attention import Attention
+from ..models.layers.image_prompt import ImagePromptAttention, prompted_layers
+from ..weights import read_tensors
+from .conditioning import numbered
+from .image import ImagePipeline
+from .loading import LoadRequest
+from .run import Run
+from .tasks import per_picture
+
+File = Mapping[str, Mapping[str, torch.Tensor]]
+LOAD = "load one with `pipe.load_ip_adapter(...)`"
+_MASKS = "ip_adapter_masks"
+
+
+class PicturePrompts(ImagePipeline):
+    """An image pipeline whose denoiser takes IP-Adapters."""
+
+    image_encoder: Any
+    feature_extractor: Any
+    _encoder_of_adapter = False  # whether load_ip_adapter put the image encoder in place
+
+    # --- loading ------------------------------------------------------------------------------------------------------
+
+    def load_ip_adapter(
+        self, pretrained_model_name_or_path_or_dict: Any, subfolder: Any = "", weight_name: Any = None,
+        image_encoder_folder: str | None = "image_encoder", *, revision: str | None = None, token: str | bool | None = None,
+        cache_dir: PathLike | None = None, local_files_only: bool = False, force_download: bool = False,
+    ) -> None:  # fmt: skip
+        """Loads one IP-Adapter, or several from lists, in place of those loaded before. Not for the time of a call.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: Folder, hub repository, or a dictionary with ``"image_proj"`` and
+                ``"ip_adapter"``; or a list.
+            subfolder, weight_name: Folder inside it, and safetensors file; or a list with one for each IP-Adapter.
+            image_encoder_folder: Folder of the CLIP vision model, inside ``subfolder``, or with a ``/`` inside the repository. It
+                is loaded if the pipeline has none and a file is loaded; ``None`` for not, as FaceID needs none.
+            revision, token, cache_dir, local_files_only, force_download: See :class:`~sfumato.hub.Source`.
+
+        Raises:
+            ValueError: Lists of different lengths, or a pipeline that takes no picture prompts.
+            HubError: Nothing is found under the name.
+            WeightsError: A file is a pickle, corrupt, of no known kind, or was made for another network.
+        """
+        if "ip_adapter_image" not in self.call_signature.parameters:
+            raise ValueError(f"{type(self).__name__} takes no picture prompts: use a pipeline with the argument ip_adapter_image")
+        places = _listed(pretrained_model_name_or_path_or_dict)
+        folders, names = (_one_each(x, len(places), n) for x, n in ((subfolder, "subfolder"), (weight_name, "weight_name")))
+        options = (revision, token, cache_dir, local_files_only, force_download)
+        wanted = "image_encoder" in self.component_names and self.image_encoder is None
+        files, encoder = [], None
+        for place, folder, name in zip(places, folders, names, strict=True):
+            if isinstance(place, Mapping):
+                files.append((_parts(place, "the dictionary"), "the dictionary"))
+                continue
+            source = Source(place, *options)
+            files.append(_read(source, folder or "", name))
+            if wanted and encoder is None and image_encoder_folder is not None:
+                inside = PurePath("" if "/" in image_encoder_folder else folder or "") / image_encoder_folder
+                encoder = self._load_encoder(source, inside.as_posix())
+        attach(self.denoiser, files)
+        if encoder is not None:
+            self.image_encoder, self._encoder_of_adapter = encoder, True
+            if self.feature_extractor is None:
+                from transformers import CLIPImageProcessor
+
+                size = encoder.config.image_size
+                self.feature_extractor = CLIPImageProcessor(size=size, crop_size=size)
+
+    def _load_encoder(self, source: Source, folder: str) -> Any:
+        request = LoadRequest(source, None, {"default": self.compute_dtype}, self.device)
+        entry = ("transformers", "CLIPVisionModelWithProjection")
+        return request.load(request.fetch({folder: entry}), folder, *entry)
+
+    def unload_ip_adapter(self) -> None:
+        """Removes the IP-Adapters, so that the denoiser is what it was, and the image encoder that came with them."""
+        detach(self.denoiser)
+        if self._encoder_of_adapter:
+            self.image_encoder, self._encoder_of_adapter = None, False
+
+    def set_ip_adapter_scale(self, scale: Any) -> None:
+        """Sets how strongly the IP-Adapters act, in calls that start from now on.
+
+        Args:
+            scale: A number; or a dictionary of parts of the U-Net, others being 0: ``{"down": {"block_2": [0.0, 1.0]}, "mid": 0.5,
+                "up": 1.0}``, with one number for a block or one for each of its transformers. With masks, a number can be a list
+                with one for each picture: ``[[0.7, 0.3]]``. For several IP-Adapters a list with one of these for each.
+
+        Raises:
+            ValueError: No IP-Adapter is loaded, or the scales do not fit the network.
+        """
+        adapters = projections_of(self.denoiser)
+        if adapters is None:
+            raise ValueError(f"there is no IP-Adapter to scale in this pipeline: {LOAD}")
+        count = len(adapters.scales)
+        given = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
+        if len(given) != count:
+            raise ValueError(f"scale has {len(given)} values for {count} IP-Adapters: pass a number, or a list with one for each")
+        layers = list(prompted_layers(self.denoiser))
+        adapters.scales = tuple(_scales_of_layers(each, layers) for each in given)
+
+    # --- pictures -----------------------------------------------------------------------------------------------------
+
+    def encode_image(
+        self, image: Any, device: torch.device | None = None, num_images_per_prompt: int = 1,
+        output_hidden_states: bool | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Encodes pictures by the image encoder: embeddings (B, D), or patches (B, N, D), and those of the negative branch.
+
+        Without a picture the embedding is zeros, and patches are those of zeros, as in training.
+        """
+        if self.components.get("image_encoder") is None or self.feature_extractor is None:
+            remedy = "set pipe.image_encoder and pipe.feature_extractor, or pass ip_adapter_image_embeds"
+            raise ValueError(f"this pipeline has no image encoder to encode ip_adapter_image with: {remedy}")
+        if not isinstance(image, torch.Tensor):
+            image = self.feature_extractor(image, return_tensors="pt").pixel_values
+        weight = next(self.image_encoder.parameters())
+        image = image.to(weight.device, weight.dtype)
+        if output_hidden_states:
+            pair = [self.image_encoder(x, output_hidden_states=True).hidden_states[-2] for x in (image, torch.zeros_like(image))]
+        else:
+            embeds = self.image_encoder(image).image_embeds
+            pair = [embeds, torch.zeros_like(embeds)]
+        positive, negative = (x.to(device or self.device).repeat_interleave(num_images_per_prompt, dim=0) for x in pair)
+        return positive, negative
+
+    def prepare_ip_adapter_image_embeds(
+        self, ip_adapter_image: Any, ip_adapter_image_embeds: Any, device: torch.device | None, num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+    ) -> list[torch.Tensor]:  # fmt: skip
+        """Encodes picture prompts, so that later calls can take them as ``ip_adapter_image_embeds``.
+
+        Returns:
+            For each IP-Adapter a tensor (num_images_per_prompt, pictures, ...); under guidance with as many rows more in front, of
+            the negative branch.
+        """
+        adapters = projections_of(self.denoiser)
+        if adapters is None:
+            raise ValueError(f"there is no IP-Adapter to encode pictures for: {LOAD}")
+        layers, branches = adapters.image_projection_layers, 2 if do_classifier_free_guidance else 1
+        place: dict[str, Any] = {"device": device or self.device, "dtype": self.compute_dtype}
+        found = []
+        if ip_adapter_image_embeds is None:
+            alone = len(layers) == 1 and not isinstance(ip_adapter_image, (list, tuple))
+            pictures = _for_each([ip_adapter_image] if alone else ip_adapter_image, len(layers), "ip_adapter_image")
+            for picture, layer in zip(pictures, layers, strict=True):
+                positive, negative = self.encode_image(picture, device, 1, reads_patches(layer))
+                found.append(torch.stack([negative, positive][-branches:]))
+        else:
+            given = _for_each(ip_adapter_image_embeds, len(layers), "ip_adapter_image_embeds")
+            found = [_checked_embeds(embeds, branches, input_width(layer)) for embeds, layer in zip(given, layers, strict=True)]
+        return [
+            torch.cat([part.repeat(num_images_per_prompt, *[1] * (part.dim() - 1)) for part in embeds.to(**place).chunk(branches)])
+            for embeds in found
+        ]
+
+    # --- the call -----------------------------------------------------------------------------------------------------
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        args, adapters = run.args, projections_of(self.denoiser)
+        pictures = {name: getattr(args, name) for name in ("ip_adapter_image", "ip_adapter_image_embeds")}
+        given = [name for name, value in pictures.items() if value is not None]
+        keywords = args.cross_attention_kwargs or {}
+        refuse_unknown(keywords, (_MASKS,), "cross_attention_kwargs has no use for", ValueError)
+        if adapters is None and (given or keywords):
+            raise ValueError(f"{(given or list(keywords))[0]} is given, but no IP-Adapter is loaded in this pipeline: {LOAD}")
+        if adapters is not None and len(given) != 1:
+            both = "both of" if given else "neither of"
+            remedy = "pass one of them, or remove the IP-Adapter with `pipe.unload_ip_adapter()`"
+            raise ValueError(f"{both} {' and '.join(pictures)} given, and an IP-Adapter is loaded: {remedy}")
+
+    def condition(self, run: Run) -> None:
+        super().condition(run)
+        adapters = projections_of(self.denoiser)
+        if adapters is not None:
+            run.conditioning = run.conditioning.replace(**self._image_conditioning(run, adapters))
+
+    def _image_conditioning(self, run: Run, adapters: MultiIPAdapterImageProjection) -> dict[str, torch.Tensor]:
+        """What the attention to picture prompts reads, of all guidance branches."""
+        args, layout = run.args, run.guidance.layout
+        guided = "negative" in layout
+        given = args.ip_adapter_image, args.ip_adapter_image_embeds
+        embeds = self.prepare_ip_adapter_image_embeds(*given, run.device, 1, guided)
+        tokens = []
+        for whole in adapters(embeds):
+            parts = [per_picture(part, run.batch, "picture prompt") for part in whole.chunk(2 if guided else 1)]
+            named = dict(zip(("negative", "positive")[-len(parts) :], parts, strict=True))
+            tokens.append(torch.cat([named[name] for name in layout]))
+        counts, rows = [t.shape[1] for t in tokens], run.batch * len(layout)
+        masks = _masks((args.cross_attention_kwargs or {}).get(_MASKS), counts)
+        scales = _scale_table(adapters.scales, counts, bool(masks)).to(run.device)  # (L, pictures)
+        spread = [m.to(run.device, torch.float32).expand(rows, -1, -1, -1) for m in masks]
+        scaled = {"image_scales": scales.expand(rows, -1, -1)}
+        return {**numbered("image_tokens", tokens), **numbered("image_masks", spread), **scaled}
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+
+def projections_of(network: nn.Module) -> MultiIPAdapterImageProjection | None:
+    """The projections of the IP-Adapters that a network has."""
+    found = network.encoder_hid_proj
+    return found if isinstance(found, MultiIPAdapterImageProjection) else None
+
+
+def attach(network: Any, files: Sequence[tuple[File, str]]) -> None:
+    """Gives a network the IP-Adapters of ``files``, each with where it comes from, in place of those that it has."""
+    if network.config.encoder_hid_dim_type is not None:
+        kind = network.config.encoder_hid_dim_type
+        raise ValueError(f"this network projects its tokens (encoder_hid_dim_type={kind!r}), and IP-Adapters cannot be added to it")
+    layers, like = prompted_layers(network), {"device": network.device, "dtype": network.dtype}
+    projections = [build_projection(file["image_proj"], network.dtype, where) for file, where in files]
+    weights = [_layer_weights(file["ip_adapter"], layers, where) for file, where in files]
+    changes = [_low_rank(file["ip_adapter"], network, where) for file, where in files]
+    detach(network)
+    for i, layer in enumerate(layers.values()):
+        pairs = [each[i] for each in weights]
+        with torch.device("meta"):
+            processor = ImagePromptAttention(i, layer.to_q.out_features, [key.shape[1] for key, _ in pairs])
+        for name, place in (("to_k_ip", 0), ("to_v_ip", 1)):
+            for linear, pair in zip(getattr(processor, name), pairs, strict=True):
+                linear.weight = nn.Parameter(pair[place].to(**like))
+        layer.processor = processor.eval()
+    scales = tuple((1.0,) * len(layers) for _ in files)
+    adapters = MultiIPAdapterImageProjection(projections, scales).to(**like).eval()
+    for change in changes:
+        for name, delta in change.items():
+            owner = network.get_submodule(name)
+            adapters.replaced.setdefault(name, owner.weight)
+            owner.weight = nn.Parameter((owner.weight.float() + delta.to(network.device)).to(network.dtype))
+    network.encoder_hid_proj = adapters
+
+
+def detach(network: Any) -> None:
+    """Removes the IP-Adapters of a network, if it has any; it has the same parameters again as before."""
+    adapters = projections_of(network)
+    if adapters is None:
+        return
+    for name, parameter in adapters.replaced.items():
+        owner = network.get_submodule(name)
+        if (parameter.device, parameter.dtype) != (owner.weight.device, owner.weight.dtype):
+            parameter = nn.Parameter(parameter.to(owner.weight))
+        owner.weight = parameter
+    for layer in prompted_layers(network).values():
+        del layer.processor
+        layer.processor = None
+    del network.encoder_hid_proj
+    network.encoder_hid_proj = None
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _one_each(value: Any, count: int, name: str) -> list[Any]:
+    found = _listed(value)
+    if len(found) != count:
+        raise ValueError(f"{name} has {len(found)} values for {count} IP-Adapters: pass a list with one for each")
+    return found
+
+
+def _read(source: Source, subfolder: str, weight_name: str | None) -> tuple[File, str]:
+    if not weight_name:
+        raise ValueError(f"weight_name={weight_name!r} must name the file of the IP-Adapter in {source.name}, *.safetensors")
+    if PurePath(weight_name).suffix != ".safetensors":
+        remedy = "name the repository's .safetensors file, or convert it"
+        raise WeightsError(f"{weight_name} is no safetensors file, and pickles, which can run code, are not opened: {remedy}")
+    path = source.file(weight_name, subfolder)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in read_tensors([path]).items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = tensor
+    return _parts(parts, str(path)), str(path)
+
+
+def _parts(file: File, where: str) -> File:
+    if set(file) != {"image_proj", "ip_adapter"}:
+        raise WeightsError(f"{where} holds {', '.join(map(repr, sorted(file)[:4]))}, an IP-Adapter 'image_proj' and 'ip_adapter'")
+    return file
+
+
+def _layer_weights(
+    tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Attention], where: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Key and value weights of each layer; files number attention layers from 0, every second of which reads the prompt."""
+    names = [(f"{2 * i + 1}.to_k_ip.weight", f"{2 * i + 1}.to_v_ip.weight") for i in range(len(layers))]
+    expected, found = {n for pair in names for n in pair}, {n for n in tensors if "_lora." not in n}
+    remedy = "it was made for another network (SD 1.5, SDXL ...)"
+    if expected != found:
+        raise WeightsError(f"{where} holds {len(found)} attention weights, this network takes {len(expected)}: {remedy}")
+    for (key, value), layer in zip(names, layers.values(), strict=True):
+        for name in (key, value):
+            if len(tensors[name]) != layer.to_q.out_features:
+                shape = tuple(tensors[name].shape)
+                raise WeightsError(f"{where}: {name!r} has shape {shape}, expected ({layer.to_q.out_features}, ...): {remedy}")
+    return [(tensors[key], tensors[value]) for key, value in names]
+
+
+_LOW_RANK = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out.0"}
+
+
+def _low_rank(tensors: Mapping[str, torch.Tensor], network: nn.Module, where: str) -> dict[str, torch.Tensor]:
+    """What FaceID's files add to the attention's own weights, by the name of the layer: products of low rank (arXiv:2106.09685)."""
+    attentions = [name for name, module in network.named_modules() if isinstance(module, Attention)]
+    changes = {}
+    for key, down in tensors.items():
+        if not key.endswith("_lora.down.weight"):
+            continue
+        number, kind = key.split(".")[:2]
+        up = tensors.get(f"{number}.{kind}.up.weight")
+        if up is None or int(number) >= len(attentions) or kind not in _LOW_RANK:
+            raise WeightsError(f"{where}: {key!r} has no counterpart in the file or in this network: download it again")
+        name = f"{attentions[int(number)]}.{_LOW_RANK[kind]}"
+        changes[name] = up.float() @ down.float()
+        expected = tuple(network.get_submodule(name).weight.shape)  # type: ignore[arg-type]
+        if tuple(changes[name].shape) != expected:
+            raise WeightsError(f"{where}: {key!r} makes a change of shape {tuple(changes[name].shape)}, expected {expected}")
+    return changes
+
+
+# --- scales, embeddings, masks ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an attention layer is: in which part, which block of it, which transformer of that."""
+
+    part: str
+    block: str
+    transformer: int
+
+    @staticmethod
+    def of(name: str) -> _Place:
+        """Reads ``down_blocks.1.attentions.0.transformer_blocks.0.attn2``."""
+        words = name.split(".")
+        part, transformer = words[0].partition("_")[0], int(words[words.index("attentions") + 1])
+        return _Place(part, "block_0" if part == "mid" else f"block_{words[1]}", transformer)
+
+
+def _scales_of_layers(scale: Any, names: Sequence[str]) -> tuple[Any, ...]:
+    """The scale of each attention layer."""
+    places = [_Place.of(name) for name in names]
+    if not isinstance(scale, Mapping):
+        return (_checked_scale(scale),) * len(places)
+    parts = {place.part for place in places}
+    refuse_unknown(scale, parts, f"the scale of an IP-Adapter is by {', '.join(sorted(parts))}; it has", ValueError)
+    found: list[Any] = [0.0] * len(places)
+    for part, value in scale.items():
+        blocks = sorted({place.block for place in places if place.part == part})
+        by_block = value if isinstance(value, Mapping) else dict.fromkeys(blocks, value)
+        for block, each in by_block.items():
+            inside = [i for i, place in enumerate(places) if (place.part, place.block) == (part, block)]
+            if not inside:
+                near = did_you_mean(str(block), blocks)
+                raise ValueError(
+                    f"scale[{part!r}] names {block!r}, which has no attention to pictures: {', '.join(blocks)} do{near}"
+                )
+            count = 1 + max(places[i].transformer for i in inside)
+            values = list(each) if isinstance(each, (list, tuple)) else [each]
+            if len(values) not in (1, count):
+                raise ValueError(
+                    f"scale[{part!r}][{block!r}] has {len(values)} values for {count} transformers: pass one, or {count}"
+                )
+            for i in inside:
+                found[i] = _checked_scale(values[places[i].transformer % len(values)])
+    return tuple(found)
+
+
+def _checked_scale(value: Any) -> Any:
+    """A number, or a tuple of one for each picture."""
+    each = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not each or not all(isinstance(x, Real) for x in each):
+        raise ValueError(f"{value!r} is no scale of an IP-Adapter: expected a number, or with masks a list of one for each picture")
+    return each if isinstance(value, (list, tuple)) else value
+
+
+def _scale_table(scales: Sequence[Sequence[Any]], counts: Sequence[int], masked: bool) -> torch.Tensor:
+    """The weight of each picture in each layer, (L, pictures of all IP-Adapters)."""
+    columns = []
+    for i, (layers, count) in enumerate(zip(scales, counts, strict=True)):
+        for value in layers:
+            if isinstance(value, tuple) and (not masked or len(value) != count):
+                remedy = "pass one for each of its pictures and " + _MASKS if not masked else f"pass {count}, one for each picture"
+                raise ValueError(f"IP-Adapter {i} has a scale for each of {len(value)} pictures: {remedy}")
+        columns.append(torch.tensor([value if isinstance(value, tuple) else (value,) * count for value in layers]))
+    return torch.cat(columns, dim=1).float()
+
+
+def _for_each(value: Any, count: int, name: str) -> list[Any]:
+    if not isinstance(value, (list, tuple)) or len(value) != count:
+        what = f"a list of {len(value)}" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
+        raise ValueError(
+            f"{name} is {what} for {count} IP-Adapters: pass a list with one for each, which may be a list of pictures"
+        )
+    return list(value)
+
+
+def _checked_embeds(embeds: Any, branches: int, width: int) -> torch.Tensor:
+    name = "ip_adapter_image_embeds"
+    if not isinstance(embeds, torch.Tensor) or embeds.dim() not in (3, 4) or embeds.shape[-1] != width:
+        what = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
+        raise ValueError(f"{name} holds {what}, expected tensors (rows, pictures, {width}) or (rows, pictures, N, {width})")
+    if len(embeds) % branches:
+        raise ValueError(f"{name} has {len(embeds)} rows: under guidance it needs the negative ones, then as many positive ones")
+    if not embeds.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinite values: encode the pictures in float32 or bfloat16")
+    return embeds
+
+
+def _masks(masks: Any, counts: Sequence[int]) -> list[torch.Tensor]:
+    """Where the pictures of each IP-Adapter act, (1, pictures, H, W) each; none for everywhere."""
+    if masks is None:
+        return []
+    found = list(masks.unsqueeze(1)) if isinstance(masks, torch.Tensor) else masks
+    for mask, count in zip(_for_each(found, len(counts), _MASKS), counts, strict=True):
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[:2] != (1, count):
+            what = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(
+                f"{_MASKS} holds {what}, expected (1, {count}, H, W): one mask for each picture, IPAdapterMaskProcessor"
+            )
+    return found

@@ -1,0 +1,412 @@
+"""IP-Adapters: pictures as prompts, against the reference; loading and unloading; scales, masks, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers.image_processor import IPAdapterMaskProcessor as ReferenceMasks
+from safetensors.torch import save_file
+from test_pipelines import CALLS, ours, seeded
+
+import sfumato
+from sfumato.models.layers.options import AttentionOptions
+from sfumato.pipelines.guidance import WHOLE
+from sfumato.pipelines.image import attention_options
+
+Checkpoint = Callable[[str], tuple[Path, Any]]
+KINDS = ("plain", "plus", "full", "faceid")
+PATCH_WIDTH, POOLED_WIDTH, IDENTITY_WIDTH = 16, 32, 12  # of tiny.image_encoder, and of a face's identity
+
+
+def norm(name: str, width: int, g: torch.Generator) -> dict[str, torch.Tensor]:
+    return {f"{name}.weight": 1 + 0.1 * torch.randn(width, generator=g), f"{name}.bias": 0.1 * torch.randn(width, generator=g)}
+
+
+def linear(name: str, out: int, width: int, g: torch.Generator, bias: bool = True) -> dict[str, torch.Tensor]:
+    weight = {f"{name}.weight": torch.randn(out, width, generator=g) / width**0.5}
+    return {**weight, **({f"{name}.bias": 0.1 * torch.randn(out, generator=g)} if bias else {})}
+
+
+def resampler(width: int, out: int, g: torch.Generator, depth: int = 4) -> dict[str, torch.Tensor]:
+    found = {**linear("proj_in", width, PATCH_WIDTH, g), **linear("proj_out", out, width, g), **norm("norm_out", out, g)}
+    for i in range(depth):
+        found |= {**norm(f"layers.{i}.0.norm1", width, g), **norm(f"layers.{i}.0.norm2", width, g)}
+        found |= {**linear(f"layers.{i}.0.to_q", 64, width, g, False), **linear(f"layers.{i}.0.to_kv", 128, width, g, False)}
+        found |= {**linear(f"layers.{i}.0.to_out", width, 64, g, False), **norm(f"layers.{i}.1.0", width, g)}
+        found |= {**linear(f"layers.{i}.1.1", 4 * width, width, g, False), **linear(f"layers.{i}.1.3", width, 4 * width, g, False)}
+    return found
+
+
+def projection(kind: str, dim: int, g: torch.Generator) -> dict[str, torch.Tensor]:
+    """The ``image_proj`` part of a file, in the names of the original checkpoints."""
+    identity = {**linear("proj.0", 24, IDENTITY_WIDTH, g), **linear("proj.2", 4 * dim, 24, g), **norm("norm", dim, g)}
+    if kind == "plain":
+        return {**linear("proj", 4 * dim, POOLED_WIDTH, g), **norm("norm", dim, g)}
+    if kind == "full":
+        return {**linear("proj.0", PATCH_WIDTH, PATCH_WIDTH, g), **linear("proj.2", dim, PATCH_WIDTH, g), **norm("proj.3", dim, g)}
+    if kind == "plus":
+        return {"latents": torch.randn(1, 4, 24, generator=g), **resampler(24, dim, g)}
+    if kind == "faceid":
+        return identity
+    return {**identity, **{f"perceiver_resampler.{k}": v for k, v in resampler(dim, dim, g).items()}}
+
+
+def adapter_file(unet: Any, kind: str = "plain", seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+    """An IP-Adapter for a tiny U-Net of the reference."""
+    g, dim = torch.Generator().manual_seed(seed), unet.config.cross_attention_dim
+    layers: dict[str, torch.Tensor] = {}
+    modules = dict(unet.named_modules())
+    for i, name in enumerate(unet.attn_processors):
+        if name.endswith("attn2.processor"):
+            width = modules[name.removesuffix(".processor")].to_q.out_features
+            layers |= {**linear(f"{i}.to_k_ip", width, dim, g, False), **linear(f"{i}.to_v_ip", width, dim, g, False)}
+    return {"image_proj": projection(kind, dim, g), "ip_adapter": layers}
+
+
+def pair(checkpoint: Checkpoint, name: str, *kinds: str, scale: Any = None) -> tuple[Any, Any]:
+    """The reference's pipeline and ours with the same IP-Adapters."""
+    folder, base = checkpoint(name)
+    encoder = tiny.image_encoder()
+    parts = {**base.components, "image_encoder": encoder, "feature_extractor": tiny.image_processor()}
+    options = {k: v for k, v in base.config.items() if k in ("requires_aesthetics_score", "requires_safety_checker")}
+    parts["unet"] = type(base.unet).from_pretrained(folder, subfolder="unet")  # the checkpoint's own is shared between tests
+    reference = type(base)(**parts, **options)
+    reference.set_progress_bar_config(disable=True)
+    pipe = ours(folder, base)
+    pipe.image_encoder, pipe.feature_extractor = encoder, tiny.image_processor()
+    if kinds:
+        files = [adapter_file(reference.unet, kind, seed) for seed, kind in enumerate(kinds)]
+        reference.load_ip_adapter(files, [""] * len(files), [""] * len(files))
+        pipe.load_ip_adapter(files, [""] * len(files), [""] * len(files))
+    if scale is not None:
+        reference.set_ip_adapter_scale(scale)
+        pipe.set_ip_adapter_scale(scale)
+    return reference, pipe
+
+
+def assert_same(reference: Any, pipe: Any, **call: Any) -> np.ndarray:
+    with torch.no_grad():
+        expected = reference(**call, generator=seeded(3)).images
+    got = pipe(**call, generator=seeded(3)).images
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    return got
+
+
+def call_of(name: str, kind: str = "plain", guidance: float = 4.0, **more: Any) -> dict[str, Any]:
+    call = {**CALLS[name], "num_inference_steps": 3, "guidance_scale": guidance, **more}
+    if kind.startswith("faceid"):
+        rows = 2 if guidance > 1 else 1
+        identity = torch.randn(rows, 1, IDENTITY_WIDTH, generator=torch.Generator().manual_seed(5))
+        return {**call, "ip_adapter_image_embeds": [identity]}
+    return {"ip_adapter_image": tiny.picture(4), **call}
+
+
+TEXT, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+
+
+@pytest.mark.parametrize("guidance", [4.0, 1.0], ids=["guided", "unguided"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [TEXT, XL])
+def test_each_kind(checkpoint: Checkpoint, name: str, kind: str, guidance: float) -> None:
+    reference, pipe = pair(checkpoint, name, kind, scale=0.7)
+    ours_keys, theirs = set(pipe.unet.state_dict()), set(reference.unet.state_dict())
+    assert ours_keys == theirs
+    got = assert_same(reference, pipe, **call_of(name, kind, guidance))
+    pipe.unload_ip_adapter()
+    without = pipe(**{k: v for k, v in call_of(name, kind, guidance).items() if "ip_adapter" not in k}, generator=seeded(3)).images
+    assert np.abs(got - without).max() > 1e-3
+
+
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_face_identity_with_its_picture(checkpoint: Checkpoint, shortcut: bool) -> None:
+    reference, pipe = pair(checkpoint, TEXT, "faceid plus")
+    patches = torch.randn(2, 1, 17, PATCH_WIDTH, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="clip_embeds"):
+        pipe(**call_of(TEXT, "faceid plus"))
+    for each in (reference, pipe):
+        layer = each.unet.encoder_hid_proj.image_projection_layers[0]
+        layer.clip_embeds, layer.shortcut = patches, shortcut
+    assert_same(reference, pipe, **call_of(TEXT, "faceid plus"))
+
+
+STEERED = [
+    "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionControlNetPipeline",
+    "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline", "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEERED)
+def test_in_every_task(checkpoint: Checkpoint, name: str) -> None:
+    assert_same(*pair(checkpoint, name, "plain"), **call_of(name))
+
+
+@pytest.mark.parametrize("name", [TEXT, XL])
+def test_several_adapters_and_pictures(checkpoint: Checkpoint, name: str) -> None:
+    call = call_of(name, num_images_per_prompt=2)
+    call["ip_adapter_image"] = [[tiny.picture(4), tiny.picture(5)], tiny.picture(6)]
+    assert_same(*pair(checkpoint, name, "plain", "plus", scale=[0.5, 0.8]), **call)
+
+
+def test_embeddings_instead_of_pictures(checkpoint: Checkpoint) -> None:
+    reference, pipe = pair(checkpoint, TEXT, "plain", "plus")
+    pictures = [tiny.picture(4), [tiny.picture(5), tiny.picture(6)]]
+    with torch.no_grad():
+        for count in (1, 2):
+            expected = reference.prepare_ip_adapter_image_embeds(pictures, None, "cpu", count, True)
+            embeds = pipe.prepare_ip_adapter_image_embeds(pictures, None, None, count, True)
+            for mine, theirs in zip(embeds, expected, strict=True):
+                torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+        embeds = pipe.prepare_ip_adapter_image_embeds(pictures, None, None, 1, True)
+    call = {k: v for k, v in call_of(TEXT).items() if k != "ip_adapter_image"}
+    got = assert_same(reference, pipe, **call, ip_adapter_image_embeds=embeds)
+    assert np.array_equal(got, pipe(**call, ip_adapter_image=pictures, generator=seeded(3)).images)
+
+
+def test_a_picture_for_each_prompt(checkpoint: Checkpoint) -> None:
+    """Each prompt's picture is the one that it makes alone."""
+    _, pipe = pair(checkpoint, TEXT, "plain")
+    call = {k: v for k, v in call_of(TEXT).items() if "prompt" not in k}
+    embeds = [pipe.prepare_ip_adapter_image_embeds(tiny.picture(k), None, None, 1, True)[0] for k in (4, 5)]
+    joined = torch.cat([torch.cat(rows) for rows in zip(*(e.split(1) for e in embeds), strict=True)])
+    del call["ip_adapter_image"]
+    both = pipe(prompt=["a", "red"], **call, ip_adapter_image_embeds=[joined], generator=seeded([1, 2])).images
+    for i, prompt in enumerate(("a", "red")):
+        alone = pipe(prompt=prompt, **call, ip_adapter_image_embeds=[embeds[i]], generator=seeded([i + 1])).images
+        np.testing.assert_allclose(both[i : i + 1], alone, atol=1e-5)
+
+
+SCALES = [0.3, {"up": {"block_1": [0.0, 1.0]}}, {"down": 0.3, "mid": 0.4}, {"down": {"block_0": [0.7]}, "mid": [0.5]}, {}]
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+def test_scales(checkpoint: Checkpoint, scale: Any) -> None:
+    assert_same(*pair(checkpoint, TEXT, "plain", scale=scale), **call_of(TEXT))
+
+
+def test_scales_of_blocks_by_depth(checkpoint: Checkpoint) -> None:
+    """Where blocks hold several transformers of several layers, and for each IP-Adapter its own."""
+    scale = [{"up": {"block_1": [0.2, 0.9]}, "down": 0.4}, 0.6]
+    call = call_of(XL, ip_adapter_image=[tiny.picture(4), tiny.picture(5)])
+    assert_same(*pair(checkpoint, XL, "plain", "full", scale=scale), **call)
+
+
+@pytest.mark.parametrize(
+    "scale", [[0.8, 0.5], [[0.9, 0.2], 0.5], [{"up": {"block_1": [[0.9, 0.1], [0.3, 0.6]]}}, {"mid": 1.0}]], ids=str
+)
+@pytest.mark.parametrize("name", [TEXT, XL])
+def test_masks(checkpoint: Checkpoint, name: str, scale: Any) -> None:
+    left = np.zeros((32, 32), dtype=np.uint8)
+    left[:, :13] = 255
+    pictures = [tiny.Image.fromarray(left), tiny.Image.fromarray(255 - left), tiny.mask()]
+    masks = ReferenceMasks().preprocess(pictures, height=32, width=32)  # (3, 1, 32, 32)
+    torch.testing.assert_close(sfumato.IPAdapterMaskProcessor().preprocess(pictures, height=32, width=32), masks)
+    given = [masks[:2].reshape(1, 2, 32, 32), masks[2:]]
+    call = call_of(name, ip_adapter_image=[[tiny.picture(4), tiny.picture(5)], tiny.picture(6)])
+    call["cross_attention_kwargs"] = {"ip_adapter_masks": given}
+    assert_same(*pair(checkpoint, name, "plain", "plus", scale=scale), **call)
+
+
+def test_masks_keep_the_proportions_of_a_picture(checkpoint: Checkpoint) -> None:
+    """The reference guesses the size of a layer from its area; here it is known."""
+    mask = ReferenceMasks().preprocess([tiny.mask((48, 32))], height=32, width=48)
+    call = call_of(TEXT, height=32, width=48, cross_attention_kwargs={"ip_adapter_masks": [mask]})
+    assert_same(*pair(checkpoint, TEXT, "plain"), **call)
+
+
+# --- what loading changes -----------------------------------------------------------------------------------------------
+
+
+def test_unloading_restores_the_network(checkpoint: Checkpoint) -> None:
+    _, pipe = pair(checkpoint, TEXT)
+    before, call = dict(pipe.unet.named_parameters()), CALLS[TEXT]
+    plain = pipe(**call, generator=seeded(1)).images
+    file = adapter_file(checkpoint(TEXT)[1].unet)
+    g = torch.Generator().manual_seed(0)
+    for number, kind, out in ((0, "to_q", 16), (1, "to_v", 16), (1, "to_out", 16)):
+        width = 32 if (number, kind) == (1, "to_v") else 16
+        file["ip_adapter"][f"{number}.{kind}_lora.down.weight"] = torch.randn(2, width, generator=g)
+        file["ip_adapter"][f"{number}.{kind}_lora.up.weight"] = torch.randn(out, 2, generator=g)
+    for _ in range(2):  # the second time in place of the first
+        pipe.load_ip_adapter(file)
+    block = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    down, up = (file["ip_adapter"][f"1.to_out_lora.{x}.weight"] for x in ("down", "up"))
+    owned = before["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0.weight"]
+    torch.testing.assert_close(block.attn2.to_out[0].weight, owned + up @ down)
+    assert not np.array_equal(plain, pipe(**call_of(TEXT), generator=seeded(1)).images)
+    pipe.unload_ip_adapter()
+    after = dict(pipe.unet.named_parameters())
+    assert after.keys() == before.keys() and all(after[k] is before[k] for k in before)
+    assert np.array_equal(plain, pipe(**call, generator=seeded(1)).images)
+    pipe.unload_ip_adapter()  # nothing is left to do
+
+
+def test_scale_zero_is_no_adapter(checkpoint: Checkpoint) -> None:
+    _, pipe = pair(checkpoint, TEXT, "plain", scale=0.0)
+    call = {**CALLS[TEXT], "num_inference_steps": 3, "guidance_scale": 4.0}
+    off = pipe(**call_of(TEXT), generator=seeded(1)).images
+    pipe.unload_ip_adapter()
+    np.testing.assert_allclose(off, pipe(**call, generator=seeded(1)).images, atol=1e-6)
+
+
+def test_a_run_keeps_the_scale_that_it_began_with(checkpoint: Checkpoint) -> None:
+    _, pipe = pair(checkpoint, TEXT, "plain", scale=0.5)
+    expected = pipe(**call_of(TEXT), generator=seeded(1)).images
+    run = pipe.start(**call_of(TEXT), generator=seeded(1))
+    run.step()
+    pipe.set_ip_adapter_scale(1.0)
+    assert np.array_equal(run.result().images, expected)
+    assert not np.array_equal(pipe(**call_of(TEXT), generator=seeded(1)).images, expected)
+
+
+def test_loading_files(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A repository with several files and the encoder of pictures."""
+    reference, pipe = pair(checkpoint, TEXT, "plain")
+    expected = pipe(**call_of(TEXT), generator=seeded(1)).images
+    (tmp_path / "models").mkdir()
+    file = adapter_file(checkpoint(TEXT)[1].unet)
+    tensors = {f"{part}.{key}": tensor for part, keys in file.items() for key, tensor in keys.items()}
+    save_file(tensors, tmp_path / "models" / "ip.safetensors")
+    reference.image_encoder.save_pretrained(tmp_path / "models" / "image_encoder")
+    fresh = ours(checkpoint(TEXT)[0], checkpoint(TEXT)[1])
+    fresh.load_ip_adapter(tmp_path, subfolder="models", weight_name="ip.safetensors")
+    assert fresh.feature_extractor.crop_size["height"] == 16
+    assert np.array_equal(fresh(**call_of(TEXT), generator=seeded(1)).images, expected)
+    fresh.unload_ip_adapter()
+    assert fresh.image_encoder is None
+    fresh.load_ip_adapter([tmp_path], ["models"], ["ip.safetensors"], image_encoder_folder="models/image_encoder")
+    assert np.array_equal(fresh(**call_of(TEXT), generator=seeded(1)).images, expected)
+    with pytest.raises(sfumato.WeightsError, match="pickles"):
+        fresh.load_ip_adapter(tmp_path, subfolder="models", weight_name="ip.bin")
+
+
+def test_network_compiles_with_an_adapter(checkpoint: Checkpoint) -> None:
+    _, pipe = pair(checkpoint, TEXT, "plain", "plus", scale=[0.5, 0.4])
+    call = call_of(TEXT, ip_adapter_image=[tiny.picture(4), tiny.picture(5)])
+    torch._dynamo.reset()
+    compiled = torch.compile(pipe.unet, fullgraph=True, backend="eager")
+    graphs = 0
+    for scale in ([0.5, 0.4], [0.1, {"up": 1.0}]):
+        pipe.set_ip_adapter_scale(scale)
+        run = pipe.start(**call, generator=seeded(1))
+        request = run.requests()[0]
+        tokens = request.conditioning["encoder_hidden_states"]
+        options = {"cross_attention_kwargs": attention_options(request.conditioning, WHOLE)}
+        assert isinstance(options["cross_attention_kwargs"], AttentionOptions)
+        inputs = (request.latents, request.timesteps, tokens)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*inputs, **options).sample, pipe.unet(*inputs, **options).sample)
+        graphs = graphs or torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs == 1
+
+
+def test_runs_share_a_pass(checkpoint: Checkpoint) -> None:
+    """Runs with different pictures and scales."""
+    _, pipe = pair(checkpoint, TEXT, "plain")
+    calls = [call_of(TEXT, ip_adapter_image=tiny.picture(k)) for k in (4, 5)]
+    expected, runs = [], []
+    for scale, call in zip((0.3, 0.9), calls, strict=True):
+        pipe.set_ip_adapter_scale(scale)
+        expected.append(pipe(**call, generator=seeded(1)).images)
+        runs.append(pipe.start(**call, generator=seeded(1)))
+    for _ in range(3):
+        requests = [run.requests() for run in runs]
+        answers = sfumato.evaluate(pipe, [r for each in requests for r in each])
+        for i, run in enumerate(runs):
+            run.advance(answers[i : i + 1])
+    for run, one in zip(runs, expected, strict=True):
+        np.testing.assert_allclose(run.result().images, one, atol=1e-5)
+
+
+# --- errors -------------------------------------------------------------------------------------------------------------
+
+
+def test_calls_that_cannot_work(checkpoint: Checkpoint) -> None:
+    _, pipe = pair(checkpoint, TEXT)
+    plain = CALLS[TEXT]
+    masks = {"ip_adapter_masks": [torch.ones(1, 1, 32, 32)]}
+    for wrong in ({"ip_adapter_image": tiny.picture()}, {"cross_attention_kwargs": masks}):
+        with pytest.raises(ValueError, match=r"no IP-Adapter is loaded.*load_ip_adapter"):
+            pipe(**plain, **wrong)
+    with pytest.raises(ValueError, match="load_ip_adapter"):
+        pipe.set_ip_adapter_scale(1.0)
+    pipe.load_ip_adapter(adapter_file(checkpoint(TEXT)[1].unet))
+    picture, ones = tiny.picture(), torch.ones(2, 1, POOLED_WIDTH)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "unload_ip_adapter"),
+        ({"ip_adapter_image": picture, "ip_adapter_image_embeds": [ones]}, "both"),
+        ({"ip_adapter_image": [picture, picture]}, "a list of 2 for 1 IP-Adapters"),
+        ({"ip_adapter_image_embeds": ones}, "Tensor for 1 IP-Adapters"),
+        ({"ip_adapter_image_embeds": [ones[:, 0]]}, "rows, pictures, 32"),
+        ({"ip_adapter_image_embeds": [ones[..., :8]]}, "rows, pictures, 32"),
+        ({"ip_adapter_image_embeds": [ones[:1]]}, "negative"),
+        ({"ip_adapter_image_embeds": [ones * float("nan")]}, "NaN"),
+        ({"ip_adapter_image": picture, "cross_attention_kwargs": {"ip_adapter_mask": []}}, "did you mean 'ip_adapter_masks'"),
+        (
+            {"ip_adapter_image": picture, "cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 2, 8, 8)]}},
+            r"\(1, 1, H, W\)",
+        ),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(ValueError, match=message):
+            pipe(**plain, **wrong)
+    pipe.set_ip_adapter_scale([[0.5, 0.5]])
+    with pytest.raises(ValueError, match="ip_adapter_masks"):
+        pipe(**plain, ip_adapter_image=[[picture, picture]])
+    pipe.image_encoder = None
+    with pytest.raises(ValueError, match="image_encoder"):
+        pipe(**plain, ip_adapter_image=picture)
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ([0.1, 0.2], "2 values for 1 IP-Adapters"),
+        ({"upp": 1.0}, "did you mean 'up'"),
+        ({"up": {"block_0": 1.0}}, "block_1 do"),
+        ({"up": {"block_1": [0.1, 0.2, 0.3]}}, "3 values for 2 transformers"),
+        ("strong", "expected a number"),
+    ],
+)
+def test_scales_that_cannot_work(checkpoint: Checkpoint, scale: Any, message: str) -> None:
+    _, pipe = pair(checkpoint, TEXT, "plain")
+    with pytest.raises(ValueError, match=message):
+        pipe.set_ip_adapter_scale(scale)
+
+
+def test_files_that_cannot_work(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    _, pipe = pair(checkpoint, TEXT)
+    file, other = adapter_file(checkpoint(TEXT)[1].unet), adapter_file(checkpoint(XL)[1].unet)
+    fits, lacking = {**file["image_proj"]}, {**file["image_proj"]}
+    del lacking["norm.bias"]
+    lonely = {**file["ip_adapter"], "0.to_q_lora.down.weight": torch.zeros(2, 16)}
+    for wrong, message in (
+        (other, "another network"),
+        ({"image_proj": fits}, "'image_proj' and 'ip_adapter'"),
+        ({**file, "image_proj": {"weight": torch.zeros(1)}}, "no kind of IP-Adapter"),
+        ({**file, "image_proj": lacking}, "norm.bias"),
+        ({**file, "ip_adapter": lonely}, "no counterpart"),
+    ):
+        with pytest.raises(sfumato.WeightsError, match=message):
+            pipe.load_ip_adapter(wrong)
+    with pytest.raises(ValueError, match="weight_name"):
+        pipe.load_ip_adapter(tmp_path)
+    with pytest.raises(ValueError, match="subfolder has 1 values for 2"):
+        pipe.load_ip_adapter([file, file])
+    assert pipe.unet.encoder_hid_proj is None
+    folder, reference = checkpoint("StableDiffusionImageVariationPipeline")
+    with pytest.raises(ValueError, match="takes no picture prompts"):
+        ours(folder, reference).load_ip_adapter(file)
+
+
+def test_a_network_is_saved_without_its_adapter(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    _, pipe = pair(checkpoint, TEXT, "plain")
+    with pytest.raises(sfumato.ConfigError, match="unload_ip_adapter"):
+        pipe.save_pretrained(tmp_path)
+    assert not any(tmp_path.rglob("*.safetensors"))
