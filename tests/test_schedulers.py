@@ -177,6 +177,17 @@ def test_custom_schedules(name: str, config: dict[str, Any], custom: dict[str, A
     same_run(reference, scheduler)
 
 
+@pytest.mark.parametrize("name", [n for n in NAMES if issubclass(getattr(ours, n), ExplodingScheduler)])
+def test_explicit_timesteps_lay_out_the_run_that_has_them(name: str) -> None:
+    first, second = (getattr(ours, name)(**LATENT) for _ in range(2))
+    first.set_timesteps(4)
+    second.set_timesteps(timesteps=first.timesteps[:: first.order].tolist())
+    close(second.timesteps, first.timesteps, 1e-6)
+    close(second.sigmas, first.sigmas, 1e-6)
+    with pytest.raises(ValueError, match="exactly one of num_inference_steps, timesteps, sigmas"):
+        second.set_timesteps(4, timesteps=[900.0])
+
+
 @pytest.mark.parametrize(
     ("name", "config", "options"),
     [
