@@ -13,6 +13,8 @@ from .. import weights
 from ..config import ConfigMixin, read_json
 from ..errors import ConfigError
 from ..hub import PathLike, Source
+from .layers.backends import set_backend
+from .layers.processors import processors, set_processors
 
 _M = TypeVar("_M", bound="ModelMixin")
 
@@ -138,6 +140,27 @@ class ModelMixin(nn.Module, ConfigMixin):
     def num_parameters(self, only_trainable: bool = False) -> int:
         """Number of parameters."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Lets a backend compute all attention of this network.
+
+        ``"native"`` is the default; ``"flash"``, ``"sage"``, ``"xformers"``, ``"flex"`` and others stand in
+        :mod:`sfumato.models.layers.backends`.
+
+        Raises:
+            ValueError: There is none of this name.
+            ImportError: Its package is not installed.
+        """
+        set_backend(self, backend)
+
+    @property
+    def attn_processors(self) -> dict[str, Any]:
+        """The processors of the attention layers, by ``<layer>.processor``."""
+        return processors(self)
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Puts a processor of the caller's in all attention layers, or those of a mapping as :attr:`attn_processors` returns it."""
+        set_processors(self, processor)
 
     def enable_gradient_checkpointing(self) -> None:
         """Trades time for memory in training: blocks are computed again in the backward pass."""

@@ -14,7 +14,7 @@ from .. import weights
 from ..config import FORMAT_VERSION, FrozenConfig
 from ..errors import ConfigError, did_you_mean, refuse_unknown
 from ..hub import PathLike, Source
-from ..models.base import single_device
+from ..models.base import ModelMixin, single_device
 from . import loading, params
 from .adapters import Adapter
 from .conditioning import Conditioning
@@ -156,6 +156,12 @@ class DiffusionPipeline:
         for module in self.modules().values():
             module.to(*args, **kwargs)
         return self
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Lets a backend compute the attention of every network of this library; see ``ModelMixin.set_attention_backend``."""
+        for module in self.modules().values():
+            if isinstance(module, ModelMixin):
+                module.set_attention_backend(backend)
 
     # --- loading and saving -----------------------------------------------------------------------------------------
 

@@ -6,23 +6,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import backends
 from .compute import GroupNorm, Linear
 from .options import NO_OPTIONS, AttentionOptions, blur_queries
+from .processors import Processable
 
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, mask: torch.Tensor | None = None,
+    backend: str = "native",
+) -> torch.Tensor:  # fmt: skip
     """Computes multi-head attention; every attention of the networks passes here.
 
     ``query`` (B, N, heads * D), ``key`` and ``value`` (B, M, heads * D); ``mask``, boolean (true: take part) or additive,
-    broadcastable to (B, heads, N, M) -> (B, N, heads * D).
+    broadcastable to (B, heads, N, M) -> (B, N, heads * D). ``backend`` is one of :mod:`~sfumato.models.layers.backends`.
     """
     # (B, N, heads * D) -> (B, heads, N, D), views only
     query, key, value = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+    if backend == "native":
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+    return backends.compute(backend, query, key, value, mask).transpose(1, 2).flatten(2)
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -48,7 +53,7 @@ def upgrade_attention_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch
     return {renamed(key): tensor for key, tensor in tensors.items()}
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, Processable):
     """Multi-head attention over tokens or pixels, within the input or towards other tokens.
 
     Args:
@@ -62,6 +67,8 @@ class Attention(nn.Module):
         only_cross_attention: With ``added_kv_proj_dim``: attend to the added tokens alone.
         residual_connection, rescale_output_factor: Add the input to the output; divide by this.
     """
+
+    attention_backend = "native"
 
     def __init__(
         self, query_dim: int, *, cross_attention_dim: int | None = None, heads: int = 8, dim_head: int = 64,
@@ -87,10 +94,19 @@ class Attention(nn.Module):
         if added_kv_proj_dim is not None:
             self.add_k_proj = Linear(added_kv_proj_dim, inner)
             self.add_v_proj = Linear(added_kv_proj_dim, inner)
-        self.to_out = nn.Sequential(Linear(inner, query_dim))
+        self.to_out = nn.Sequential(Linear(inner, query_dim), nn.Identity())
         self.processor: nn.Module | None = None  # attention to picture prompts, while an IP-Adapter is loaded
 
     def forward(
+        self, x: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None,
+        options: AttentionOptions = NO_OPTIONS, size: tuple[int, int] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """What a caller's processor makes of the input, or else :meth:`own_forward`."""
+        if self.custom_processor is None:
+            return self.own_forward(x, encoder_hidden_states, attention_mask, options, size)
+        return self.custom_processor(self, x, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+
+    def own_forward(
         self, x: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None,
         options: AttentionOptions = NO_OPTIONS, size: tuple[int, int] | None = None,
     ) -> torch.Tensor:  # fmt: skip
@@ -128,13 +144,13 @@ class Attention(nn.Module):
         size: tuple[int, int] | None,
     ) -> torch.Tensor:  # fmt: skip
         if options is NO_OPTIONS:
-            return attend(self.to_q(x), key, value, self.heads, mask)
+            return attend(self.to_q(x), key, value, self.heads, mask, self.attention_backend)
         if options.perturbs(self, "identity"):
             return value
         query = self.to_q(x)
         if options.perturbation is not None and size is not None and options.perturbs(self, "blur"):
             query = blur_queries(query, *size, options.perturbation.blur_sigma)
-        out = attend(query, key, value, self.heads, mask)
+        out = attend(query, key, value, self.heads, mask, self.attention_backend)
         if self.processor is not None and options.image_tokens:
             out = out + self.processor(query, self.heads, options, size)
         return out

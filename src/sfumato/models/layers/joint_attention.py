@@ -74,6 +74,8 @@ class JointAttention(nn.Module):
         out: Have an output projection.
     """
 
+    attention_backend = "native"
+
     def __init__(
         self, dim: int, heads: int, dim_head: int, *, qk_norm: bool, text: bool = True, text_out: bool = True, out: bool = True
     ) -> None:
@@ -121,7 +123,7 @@ class JointAttention(nn.Module):
         query = query.flatten(2)
         if joint.options.perturbs(self, "blur"):
             query = _blurred(query, joint)
-        return attend(query, key.flatten(2), value.flatten(2), self.heads, mask)
+        return attend(query, key.flatten(2), value.flatten(2), self.heads, mask, self.attention_backend)
 
 
 def _identity_mask(text: int, image: int, device: torch.device) -> torch.Tensor:

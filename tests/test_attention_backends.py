@@ -1,0 +1,111 @@
+"""Who computes attention, and callers' own processors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers.models import attention_processor as theirs
+
+import sfumato
+from sfumato.models.layers import backends
+from sfumato.models.layers.attention import attend
+from sfumato.models.layers.processors import AttnProcessor
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+MASKS = {"none": None, "boolean": noise(2, 1, 5, 7, seed=4) > -0.5, "additive": noise(2, 1, 1, 7, seed=5)}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", ["_native_math", "flex"])
+def test_backends_agree(backend: str, mask: str) -> None:
+    query, key, value = noise(2, 5, 32), noise(2, 7, 32, seed=1), noise(2, 7, 32, seed=2)
+    expected = attend(query, key, value, 4, MASKS[mask])
+    torch.testing.assert_close(attend(query, key, value, 4, MASKS[mask], backend), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [n for n, b in backends.BACKENDS.items() if not b.masks])
+def test_a_backend_that_would_drop_the_mask_refuses(backend: str) -> None:
+    x = noise(2, 7, 32).half()
+    with pytest.raises(ValueError, match="would drop the attention mask"):
+        attend(x, x, x, 4, torch.ones(2, 1, 7, 7, dtype=torch.bool), backend)
+
+
+def test_limits_are_named() -> None:
+    x = noise(2, 7, 32)
+    with pytest.raises(ValueError, match=r"takes torch.float16 or torch.bfloat16, not torch.float32"):
+        attend(x, x, x, 4, None, "flash")
+    with pytest.raises(ValueError, match="takes heads of 64 or 96 or 128, not of 8"):
+        attend(x.half(), x.half(), x.half(), 4, None, "sage")
+    with pytest.raises(ValueError, match="needs CUDA tensors, not cpu"):
+        attend(x.half(), x.half(), x.half(), 4, None, "_native_cudnn")
+
+
+def unet() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return sfumato.UNet2DConditionModel(**{k: v for k, v in tiny.unet().config.items() if not k.startswith("_")}).eval()
+
+
+INPUTS = (noise(1, 4, 16, 16), 5, noise(1, 7, 32))
+
+
+def test_a_backend_reaches_every_attention_and_can_be_undone() -> None:
+    network = unet()
+    with torch.no_grad():
+        before = network(*INPUTS).sample
+        network.set_attention_backend("_native_math")
+        layers = [m for m in network.modules() if hasattr(type(m), "attention_backend")]
+        assert layers and {layer.attention_backend for layer in layers} == {"_native_math"}
+        torch.testing.assert_close(network(*INPUTS).sample, before, atol=1e-5, rtol=1e-5)
+        network.set_attention_backend("native")
+        assert torch.equal(network(*INPUTS).sample, before)
+    with pytest.raises(ValueError, match=r"'natve' is unknown.*did you mean 'native'"):
+        network.set_attention_backend("natve")
+    with pytest.raises(ImportError, match="pip install sageattention"):
+        network.set_attention_backend("sage")
+
+
+def test_transformers_have_the_layers_too() -> None:
+    config = dict(num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=8)
+    network = sfumato.FluxTransformer2DModel(**config, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8), in_channels=8)
+    network.set_attention_backend("flex")
+    assert sum(getattr(m, "attention_backend", "") == "flex" for m in network.modules()) == 2
+
+
+@pytest.mark.parametrize("processor", [theirs.AttnProcessor(), theirs.AttnProcessor2_0(), AttnProcessor()])
+def test_processors_of_the_field_work(processor: Any) -> None:
+    network = unet()
+    assert set(network.attn_processors) == set(tiny.unet().attn_processors)
+    with torch.no_grad():
+        before = network(*INPUTS).sample
+        network.set_attn_processor(processor)
+        assert all(type(p) is type(processor) for p in network.attn_processors.values())
+        torch.testing.assert_close(network(*INPUTS).sample, before, atol=1e-5, rtol=1e-5)
+
+
+def test_a_processor_of_ones_own_is_called_in_the_chosen_layers() -> None:
+    network = unet()
+    seen: list[list[str]] = []
+
+    class Spy:
+        def __call__(self, attn: Any, hidden_states: torch.Tensor, **more: Any) -> torch.Tensor:
+            seen.append(sorted(more))
+            return AttnProcessor()(attn, hidden_states, **more)
+
+    given = {n: Spy() if "attn2" in n else p for n, p in network.attn_processors.items()}
+    network.set_attn_processor(given)
+    with torch.no_grad():
+        network(*INPUTS)
+    assert len(seen) == sum("attn2" in n for n in given)
+    assert seen[0] == ["attention_mask", "encoder_hidden_states"]
+    with pytest.raises(ValueError, match="no attention layer of this network"):
+        network.set_attn_processor({**given, "down.attn9.processor": Spy()})
+    with pytest.raises(ValueError, match="have no processor"):
+        network.set_attn_processor(dict(list(given.items())[:1]))
