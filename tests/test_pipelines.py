@@ -65,6 +65,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "refiner": {**TEXT, "image": tiny.picture(), "strength": 0.75},
     "StableDiffusionXLInpaintPipeline": {**TEXT, "image": tiny.picture(), "mask_image": tiny.mask(), "strength": 0.75},
     "xl inpaint9": {**TEXT, "image": tiny.picture(), "mask_image": tiny.mask(), "strength": 0.9999},
+    "StableDiffusionXLInstructPix2PixPipeline": {**TEXT, "image": tiny.picture(), "height": 32, "width": 32},
     **{name: controlled_call(name) for name in tiny.CONTROLLED},
     "StableDiffusion3Pipeline": TEXT,
     "StableDiffusion3Img2ImgPipeline": {**TEXT, "image": tiny.picture(), "strength": 0.75},
@@ -75,6 +76,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "DDIMPipeline": {"num_inference_steps": 4, "output_type": "np", "batch_size": 2, "eta": 0.5},
     "LDMSuperResolutionPipeline": {"image": SMALL, "num_inference_steps": 4, "output_type": "np"},
 }
+CALLS |= {name: CALLS[name.replace("PAG", "")] for name in tiny.PAG}
 FLOWS = ("StableDiffusion3", "Flux", "schnell")
 Checkpoint = Callable[[str], tuple[Path, Any]]
 
@@ -275,6 +277,36 @@ VARIED = {
     "refiner, scores": ("refiner", dict(aesthetic_score=7.5, negative_aesthetic_score=1.0)),
     "XL inpaint, later part": ("StableDiffusionXLInpaintPipeline", dict(denoising_start=0.5, num_inference_steps=10)),
     "XL inpaint at full strength": ("StableDiffusionXLInpaintPipeline", dict(strength=1.0)),
+    "XL edit without guidance": ("StableDiffusionXLInstructPix2PixPipeline", dict(guidance_scale=1.0)),
+    "3, second and third prompts": ("StableDiffusion3Pipeline", dict(prompt_2="blue", prompt_3="a cat", negative_prompt_3="red")),
+    "3 without guidance": ("StableDiffusion3Pipeline", dict(guidance_scale=1.0)),
+    "3, own levels": ("StableDiffusion3Pipeline", dict(sigmas=[1.0, 0.6, 0.2])),
+    "3, clip skip": ("StableDiffusion3Pipeline", dict(clip_skip=1)),
+    "3, short text": ("StableDiffusion3Pipeline", dict(max_sequence_length=16, height=48)),
+    "3, little strength": ("StableDiffusion3Img2ImgPipeline", dict(strength=0.55, num_inference_steps=5)),
+    "FLUX, true guidance": ("FluxPipeline", dict(true_cfg_scale=3.0)),
+    "FLUX, guidance scale": ("FluxPipeline", dict(guidance_scale=1.5, negative_prompt=None)),
+    "FLUX, own levels": ("FluxPipeline", dict(sigmas=[1.0, 0.6, 0.2])),
+    "FLUX, size and latents out": ("FluxPipeline", dict(height=48, width=32, output_type="latent")),
+    "FLUX, latents in": ("FluxPipeline", dict(latents=torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(0)))),
+    "FLUX, little strength": ("FluxImg2ImgPipeline", dict(strength=0.55, num_inference_steps=5)),
+    "schnell, true guidance": ("schnell", dict(true_cfg_scale=2.0, num_inference_steps=2)),
+    "Kontext, no picture": ("FluxKontextPipeline", dict(image=None)),
+    "Kontext, another shape": ("FluxKontextPipeline", dict(height=48, width=24, image=tiny.picture(size=(64, 32)))),
+    "ControlNet, guess": ("StableDiffusionControlNetPipeline", dict(guess_mode=True)),
+    "ControlNet, a while": ("StableDiffusionControlNetPipeline", dict(control_guidance_start=0.2, control_guidance_end=0.6)),
+    "ControlNet, scale": ("StableDiffusionXLControlNetPipeline", dict(controlnet_conditioning_scale=0.4, guidance_scale=1.0)),
+    "ControlNets, scales": (
+        "StableDiffusionControlNetPipeline multi",
+        dict(controlnet_conditioning_scale=[0.4, 0.9], control_guidance_end=[0.5, 1.0]),
+    ),
+    "T2I-Adapter, scale": ("StableDiffusionAdapterPipeline", dict(adapter_conditioning_scale=0.5)),
+    "T2I-Adapter, part": ("StableDiffusionXLAdapterPipeline", dict(adapter_conditioning_factor=0.5)),
+    "3 ControlNet, a while": (
+        "StableDiffusion3ControlNetPipeline",
+        dict(control_guidance_end=0.6, controlnet_conditioning_scale=0.5),
+    ),
+    "FLUX ControlNet, scale": ("FluxControlNetPipeline", dict(controlnet_conditioning_scale=0.5, control_guidance_end=0.6)),
     "DDIM without noise": ("DDIMPipeline", dict(eta=0.0, output_type="pil")),
     "super-resolution of PIL": ("LDMSuperResolutionPipeline", dict(image=tiny.picture(size=(40, 32)))),
 }

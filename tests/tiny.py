@@ -197,7 +197,7 @@ def _stable_diffusion_xl(name: str, folder: Path) -> Any:
     words, refiner = tokenizer(folder.parent / f"{folder.name}-tokenizer"), name == "refiner"
     scored = "Img2Img" in name or "Inpaint" in name or refiner
     denoiser = unet(
-        in_channels=9 if name == "xl inpaint9" else 4, attention_head_dim=(2, 4), use_linear_projection=True,
+        in_channels={"xl inpaint9": 9, "StableDiffusionXLInstructPix2PixPipeline": 8}.get(name, 4), attention_head_dim=(2, 4), use_linear_projection=True,
         addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=(1, 2),
         projection_class_embeddings_input_dim=(5 if refiner else 6) * 8 + 32, cross_attention_dim=32 if refiner else 64,
     )  # fmt: skip
@@ -348,6 +348,25 @@ CONTROLLED = {
 """Pipelines with control networks or adapters, and what they are without."""
 
 
+PAG = (
+    "StableDiffusionPAGPipeline", "StableDiffusionPAGImg2ImgPipeline", "StableDiffusionPAGInpaintPipeline",
+    "StableDiffusionControlNetPAGPipeline", "StableDiffusionControlNetPAGInpaintPipeline", "StableDiffusionXLPAGPipeline",
+    "StableDiffusionXLPAGImg2ImgPipeline", "StableDiffusionXLPAGInpaintPipeline", "StableDiffusionXLControlNetPAGPipeline",
+    "StableDiffusionXLControlNetPAGImg2ImgPipeline", "StableDiffusion3PAGPipeline", "StableDiffusion3PAGImg2ImgPipeline",
+)  # fmt: skip
+"""Pipelines with perturbed-attention guidance."""
+
+
+def _with_pag(name: str, folder: Path) -> Any:
+    plain = name.replace("PAG", "")
+    base, known = _BUILDERS.get(plain, _stable_diffusion)(plain, folder), inspect.signature(getattr(diffusers, name)).parameters
+    options = {"requires_safety_checker": False, "requires_aesthetics_score": False}
+    parts = {key: value for key, value in {**base.components, **options}.items() if key in known}
+    if "transformer" in parts:  # where queries and keys are normalised, the reference forgets it in the perturbed layers
+        parts["transformer"] = type(base.transformer)(**{**base.transformer.config, "qk_norm": None})
+    return getattr(diffusers, name)(**parts)
+
+
 def pixel_unet(**changes: Any) -> Any:
     """A tiny unconditional U-Net."""
     config: dict[str, Any] = dict(
@@ -381,8 +400,10 @@ _BUILDERS = {
     **dict.fromkeys(("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"), _stable_diffusion_3),
     **dict.fromkeys(("StableDiffusion3InpaintPipeline", "StableDiffusion3ControlNetPipeline"), _stable_diffusion_3),
     **dict.fromkeys(CONTROLLED, _with_control),
+    **dict.fromkeys(PAG, _with_pag),
     **dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "refiner"), _stable_diffusion_xl),
     **dict.fromkeys(("StableDiffusionXLInpaintPipeline", "xl inpaint9"), _stable_diffusion_xl),
+    "StableDiffusionXLInstructPix2PixPipeline": _stable_diffusion_xl,
     "StableDiffusionDepth2ImgPipeline": _depth,
     "StableDiffusionUpscalePipeline": _upscale,
     "StableDiffusionLatentUpscalePipeline": _latent_upscale,

@@ -49,22 +49,32 @@ _MODULES: dict[str, str] = {
     "media.processor": "VaeImageProcessor IPAdapterMaskProcessor",
     "pipelines.base": "DiffusionPipeline",
     "pipelines.auto": "AutoPipelineForText2Image AutoPipelineForImage2Image AutoPipelineForInpainting",
+    "pipelines.guidance": "Guidance NoGuidance ClassifierFreeGuidance EditGuidance",
+    "pipelines.guiders": "ClassifierFreeZeroStarGuidance AdaptiveProjectedGuidance TangentialClassifierFreeGuidance AutoGuidance"
+    " FrequencyDecoupledGuidance APG TCFG FDG",
+    "pipelines.weak_models": "PerturbedAttentionGuidance SkipLayerGuidance SmoothedEnergyGuidance PAG SLG SEG",
     "pipelines.run": "Run Request Progress RunCancelled evaluate",
     "families.stable_diffusion_pipelines": "StableDiffusionPipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline"
     " StableDiffusionControlNetPipeline StableDiffusionControlNetImg2ImgPipeline StableDiffusionControlNetInpaintPipeline"
-    " StableDiffusionAdapterPipeline",
+    " StableDiffusionAdapterPipeline StableDiffusionAdapterImg2ImgPipeline StableDiffusionAdapterInpaintPipeline",
     "families.stable_diffusion_variants": "StableDiffusionDepth2ImgPipeline StableDiffusionUpscalePipeline"
+    " StableDiffusionControlNetDepth2ImgPipeline"
     " StableDiffusionInstructPix2PixPipeline StableDiffusionImageVariationPipeline",
     "families.stable_diffusion_xl_pipelines": "StableDiffusionXLPipeline StableDiffusionXLImg2ImgPipeline"
     " StableDiffusionXLInpaintPipeline StableDiffusionXLControlNetPipeline StableDiffusionXLControlNetImg2ImgPipeline"
     " StableDiffusionXLControlNetInpaintPipeline StableDiffusionXLControlNetUnionPipeline StableDiffusionXLAdapterPipeline"
-    " StableDiffusionXLControlNetUnionImg2ImgPipeline StableDiffusionXLControlNetUnionInpaintPipeline",
+    " StableDiffusionXLControlNetUnionImg2ImgPipeline StableDiffusionXLControlNetUnionInpaintPipeline"
+    " StableDiffusionXLAdapterImg2ImgPipeline StableDiffusionXLAdapterInpaintPipeline StableDiffusionXLInstructPix2PixPipeline",
     "families.stable_diffusion_3_pipelines": "StableDiffusion3Pipeline StableDiffusion3Img2ImgPipeline"
     " StableDiffusion3InpaintPipeline StableDiffusion3ControlNetPipeline StableDiffusion3ControlNetImg2ImgPipeline"
     " StableDiffusion3ControlNetInpaintPipeline",
     "families.flux_pipelines": "FluxPipeline FluxImg2ImgPipeline FluxInpaintPipeline FluxControlNetPipeline FluxFillPipeline"
     " FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline FluxControlPipeline FluxControlImg2ImgPipeline"
-    " FluxControlInpaintPipeline FluxKontextPipeline",
+    " FluxControlInpaintPipeline FluxKontextPipeline FluxControlNetFillPipeline FluxControlNetKontextPipeline",
+    "families.pag_pipelines": "StableDiffusionPAGPipeline StableDiffusionPAGImg2ImgPipeline StableDiffusionPAGInpaintPipeline"
+    " StableDiffusionControlNetPAGPipeline StableDiffusionControlNetPAGInpaintPipeline StableDiffusionXLPAGPipeline"
+    " StableDiffusionXLPAGImg2ImgPipeline StableDiffusionXLPAGInpaintPipeline StableDiffusionXLControlNetPAGPipeline"
+    " StableDiffusionXLControlNetPAGImg2ImgPipeline StableDiffusion3PAGPipeline StableDiffusion3PAGImg2ImgPipeline",
     "families.latent_upscaler": "StableDiffusionLatentUpscalePipeline",
     "families.unconditional": "DDPMPipeline DDIMPipeline LDMSuperResolutionPipeline",
 }

@@ -42,8 +42,8 @@ class Flux(FlowFamily):
     order = (
         "prompt prompt_2 negative_prompt negative_prompt_2 true_cfg_scale image mask_image masked_image_latents control_image "
         "height width padding_mask_crop strength num_inference_steps sigmas guidance_scale control_guidance_start "
-        "control_guidance_end control_mode controlnet_conditioning_scale num_images_per_prompt generator latents prompt_embeds pooled_prompt_embeds "
-        "ip_adapter_image ip_adapter_image_embeds negative_ip_adapter_image negative_ip_adapter_image_embeds "
+        "control_guidance_end control_mode controlnet_conditioning_scale num_images_per_prompt generator latents prompt_embeds "
+        "pooled_prompt_embeds ip_adapter_image ip_adapter_image_embeds negative_ip_adapter_image negative_ip_adapter_image_embeds "
         "negative_prompt_embeds negative_pooled_prompt_embeds output_type return_dict joint_attention_kwargs "
         "callback_on_step_end callback_on_step_end_tensor_inputs max_sequence_length max_area _auto_resize"
     )
@@ -93,7 +93,7 @@ class Flux(FlowFamily):
         if args.guidance is not None:
             return args.guidance
         guided = args.true_cfg_scale > 1 and (args.negative_prompt is not None or args.negative_prompt_embeds is not None)
-        return ClassifierFreeGuidance(args.true_cfg_scale, args.guidance_rescale) if guided else Guidance()
+        return ClassifierFreeGuidance(args.true_cfg_scale, guidance_rescale=args.guidance_rescale) if guided else Guidance()
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, weakening: Weakening = WHOLE) -> torch.Tensor:
         height, width = x.shape[-2:]

@@ -153,3 +153,13 @@ class FluxKontextPipeline(Flux, task=Reference(), defaults=FEW):
     """Pictures from text and pictures to edit or to refer to."""
 
     order = "image " + Flux.order.replace("image mask_image", "mask_image", 1)
+
+
+class FluxControlNetFillPipeline(
+    Flux, task=Fill(), adapters=(CONTROLNET,), defaults={**FEW, "guidance_scale": 30.0, "strength": 1.0}
+):
+    """Paints a masked region anew, by a denoiser made for it, steered by control pictures."""
+
+
+class FluxControlNetKontextPipeline(Flux, task=Reference(), adapters=(CONTROLNET,), defaults=FEW):
+    """Pictures from text and pictures to edit or to refer to, steered by control pictures."""

@@ -60,3 +60,11 @@ class StableDiffusionAdapterPipeline(
     "callback_on_step_end_tensor_inputs",
 ):  # fmt: skip
     """Pictures from text, steered by T2I-Adapters."""
+
+
+class StableDiffusionAdapterImg2ImgPipeline(StableDiffusion, task=ImageToImage(), adapters=(T2I("control_image"),)):
+    """Pictures from a picture and text, steered by T2I-Adapters."""
+
+
+class StableDiffusionAdapterInpaintPipeline(Inpainting, task=Inpaint(), adapters=(T2I("control_image"),)):
+    """Paints a masked region anew, steered by T2I-Adapters."""

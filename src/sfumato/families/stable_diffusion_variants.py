@@ -10,26 +10,23 @@ import torch
 
 from ..media.processor import VaeImageProcessor
 from ..outputs import ImagePipelineOutput
+from ..pipelines.adapters import ControlNet
 from ..pipelines.base import DiffusionPipeline
 from ..pipelines.checks import check_generators
 from ..pipelines.conditioning import Conditioning
-from ..pipelines.guidance import EditGuidance, Guidance
 from ..pipelines.run import Run
 from ..pipelines.tasks import DepthToImage, InstructEdit, Task, per_picture
 from ..random import randn
 from .stable_diffusion import CHECKER, PARTS, StableDiffusion
+from .unet import Editing
 
 EXTRA = "prompt_syntax callback callback_steps"
 
 
-class StableDiffusionDepth2ImgPipeline(
-    StableDiffusion,
-    task=DepthToImage(),
-    call="prompt image depth_map strength num_inference_steps guidance_scale negative_prompt num_images_per_prompt eta generator "
-    "prompt_embeds negative_prompt_embeds output_type return_dict cross_attention_kwargs clip_skip callback_on_step_end "
-    "callback_on_step_end_tensor_inputs",
-    extra=EXTRA + " guidance_rescale",
-):
+DEPTH = "height width timesteps sigmas ip_adapter_image ip_adapter_image_embeds guidance_rescale callback callback_steps"
+
+
+class StableDiffusionDepth2ImgPipeline(StableDiffusion, task=DepthToImage(), later=DEPTH):
     """Pictures from a picture's depth and text."""
 
     component_names = (*PARTS, "depth_estimator", "feature_extractor")
@@ -56,23 +53,25 @@ class StableDiffusionDepth2ImgPipeline(
         return per_picture(depth.to(self.compute_dtype), run.batch, "depth map")
 
 
-class StableDiffusionInstructPix2PixPipeline(
-    StableDiffusion,
-    task=InstructEdit(),
-    call="prompt image num_inference_steps guidance_scale image_guidance_scale negative_prompt num_images_per_prompt eta "
-    "generator latents prompt_embeds negative_prompt_embeds ip_adapter_image ip_adapter_image_embeds output_type return_dict "
-    "callback_on_step_end callback_on_step_end_tensor_inputs cross_attention_kwargs",
-    extra=EXTRA + " clip_skip",
-    defaults={"num_inference_steps": 100},
+class StableDiffusionControlNetDepth2ImgPipeline(
+    StableDiffusionDepth2ImgPipeline, task=DepthToImage(), adapters=(ControlNet(),), later=DEPTH
 ):
+    """Pictures from a picture's depth and text, steered by control pictures."""
+
+
+class StableDiffusionInstructPix2PixPipeline(
+    Editing, StableDiffusion, task=InstructEdit(),
+    later="timesteps sigmas guidance_rescale clip_skip height width callback callback_steps",
+    defaults={"num_inference_steps": 100},
+):  # fmt: skip
     """Edits a picture as an instruction says."""
 
     adopts = {}
-
-    def choose_guidance(self, run: Run) -> Guidance:
-        args = run.args
-        guided = args.guidance_scale > 1.0 and args.image_guidance_scale >= 1.0
-        return EditGuidance(args.guidance_scale, args.image_guidance_scale) if guided else Guidance()
+    order = (
+        StableDiffusion.order.replace("guidance_scale ", "guidance_scale image_guidance_scale ", 1)
+        .replace("cross_attention_kwargs ", "")
+        .replace("tensor_inputs", "tensor_inputs cross_attention_kwargs")
+    )
 
 
 class NoisyUpscale(Task):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from ..pipelines.adapters import T2I, ControlNet
-from ..pipelines.tasks import ImageToImage, Inpaint, Task
-from .stable_diffusion_xl import StableDiffusionXL
+from ..pipelines.tasks import ImageToImage, Inpaint, InstructEdit, Task
+from .stable_diffusion_xl import PARTS, StableDiffusionXL
+from .unet import Editing
 
 CONTROL = ControlNet("image")
 UNION = ControlNet("control_image", "guess_mode control_mode")
 CALLBACKS = "callback callback_steps"
+SIZES = "negative_original_size negative_crops_coords_top_left negative_target_size"
 SCHEDULE = f"{CALLBACKS} timesteps sigmas guidance_rescale"
-PAINTING = (
-    f"{CALLBACKS} timesteps sigmas masked_image_latents negative_original_size negative_crops_coords_top_left negative_target_size"
-)
+PAINTING = f"{CALLBACKS} timesteps sigmas masked_image_latents {SIZES}"
 POOLED = "pooled_prompt_embeds negative_pooled_prompt_embeds "
 PICTURES = "ip_adapter_image ip_adapter_image_embeds "
 
@@ -90,3 +90,30 @@ class StableDiffusionXLAdapterPipeline(
     defaults={"guidance_scale": 5.0},
 ):  # fmt: skip
     """Pictures from text, steered by T2I-Adapters."""
+
+
+class StableDiffusionXLAdapterImg2ImgPipeline(Refining, task=ImageToImage(), adapters=(T2I("control_image"),)):
+    """Pictures from a picture and text, steered by T2I-Adapters."""
+
+
+class StableDiffusionXLAdapterInpaintPipeline(Refining, task=Inpaint(), adapters=(T2I("control_image"),)):
+    """Paints a masked region anew, steered by T2I-Adapters."""
+
+
+class StableDiffusionXLInstructPix2PixPipeline(
+    Editing, StableDiffusionXL, task=InstructEdit(),
+    later=f"timesteps sigmas {SIZES} clip_skip ip_adapter_image ip_adapter_image_embeds callback_on_step_end "
+    "callback_on_step_end_tensor_inputs",
+    defaults={"num_inference_steps": 100, "guidance_scale": 5.0},
+):  # fmt: skip
+    """Edits a picture as an instruction says."""
+
+    component_names = PARTS
+    optional_components = ()
+    options = {**StableDiffusionXL.options, "is_cosxl_edit": False}
+    picture_sets_size = False
+
+    @property
+    def reference_scale(self) -> float:  # type: ignore[override]
+        """CosXL reads the picture's latents as scaled as its own."""
+        return self.latent_format.scale if self._options["is_cosxl_edit"] else 1.0

@@ -11,7 +11,7 @@ import torch
 from ..models.several import Several
 from ..pipelines.adapters import Control
 from ..pipelines.conditioning import Conditioning, numbered
-from ..pipelines.guidance import WHOLE, Guidance, Weakening
+from ..pipelines.guidance import WHOLE, EditGuidance, Guidance, Weakening
 from ..pipelines.image import ATTENTION_INPUTS, attention_options, network_of
 from ..pipelines.ip_adapter import PicturePrompts
 from ..pipelines.run import Run
@@ -30,6 +30,7 @@ class UNetFamily(PicturePrompts):
     """A conditional U-Net that predicts latents."""
 
     adapters_before = "scheduler"
+    reference_scale = 1.0  # of the latents of a picture to edit
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, weakening: Weakening = WHOLE) -> torch.Tensor:
         return network_of(self, weakening)(x, t, **unet_inputs(conditioning, weakening), return_dict=False)[0]
@@ -62,8 +63,8 @@ class UNetFamily(PicturePrompts):
         return {k: torch.cat([blank[branch == last](v) for branch in branches]) for k, v in found.items()}
 
     def choose_guidance(self, run: Run) -> Guidance:
-        embeds_scale = self.unet.config.time_cond_proj_dim is not None  # a distilled denoiser guides itself
-        return Guidance() if embeds_scale else super().choose_guidance(run)
+        guides_itself = self.unet.config.time_cond_proj_dim is not None and run.args.guidance is None  # being distilled
+        return Guidance() if guides_itself else super().choose_guidance(run)
 
     def guidance_condition(self, run: Run) -> dict[str, torch.Tensor]:
         """The embedded guidance scale (B, D) that distilled denoisers read."""
@@ -72,6 +73,17 @@ class UNetFamily(PicturePrompts):
             return {}
         weights = torch.full((run.batch,), run.args.guidance_scale - 1.0, device=run.device)
         return {"timestep_cond": guidance_embedding(weights, width).to(self.compute_dtype)}
+
+
+class Editing(UNetFamily):
+    """A denoiser that edits a picture as an instruction says (arXiv:2211.09800)."""
+
+    def choose_guidance(self, run: Run) -> Guidance:
+        args = run.args
+        if args.guidance is not None:
+            raise ValueError("guidance=...: a denoiser that edits by instruction has a guidance of its own; leave it out")
+        guided = args.guidance_scale > 1.0 and args.image_guidance_scale >= 1.0
+        return EditGuidance(args.guidance_scale, args.image_guidance_scale) if guided else Guidance()
 
 
 def unet_inputs(conditioning: Conditioning, weakening: Weakening = WHOLE) -> dict[str, Any]:

@@ -199,6 +199,7 @@ class DepthToImage(ImageToImage):
     """Image-to-image with the picture's depth as a fifth channel."""
 
     name = "depth-to-image"
+    arguments = "image depth_map strength height width"
     callback_tensors = {**Task.callback_tensors, "depth_mask": CHANNELS}
 
     def prepare(self, run: Run) -> None:
@@ -329,17 +330,25 @@ class Inpaint(ImageToImage):
         return output
 
 
-class InstructEdit(Task):
+class InstructEdit(ImageToImage):
     """Edit a picture by an instruction (InstructPix2Pix, arXiv:2211.09800): its latents are extra channels."""
 
     name = "instruct-edit"
+    arguments = "image image_guidance_scale height width latents"
     callback_tensors = {"latents": LATENTS, "prompt_embeds": EMBEDS, "image_latents": CHANNELS}
     needs_image = "an instruction edits a picture; pass one"
 
+    def check(self, run: Run) -> None:
+        Task.check(self, run)
+
+    def truncate(self, run: Run) -> None:
+        """The schedule is whole: it starts from noise."""
+
     def prepare(self, run: Run) -> None:
-        image = run.pipe.image_processor.preprocess(run.args.image)
+        height, width = self.size(run)
+        image = run.pipe.image_processor.preprocess(run.args.image, height=height, width=width)
         if image.shape[1] != run.pipe.latent_format.channels:
-            image = run.pipe.latent_format.encode(image.to(run.device), mode=True)
+            image = run.pipe.latent_format.encode(image.to(run.device), mode=True) * run.pipe.reference_scale
         latents = per_picture(image.to(run.device, run.pipe.compute_dtype), run.batch, "image")
         blank = [torch.zeros_like(latents)] if run.guidance.branches == 3 else []
         run.channels = torch.cat([latents] * min(run.guidance.branches, 2) + blank)
