@@ -113,12 +113,14 @@ class ImagePipeline(DiffusionPipeline):
         if args.guidance is not None:
             return args.guidance
         guided = args.guidance_scale > 1
-        return ClassifierFreeGuidance(args.guidance_scale, args.guidance_rescale) if guided else Guidance()
+        return ClassifierFreeGuidance(args.guidance_scale, guidance_rescale=args.guidance_rescale) if guided else Guidance()
 
     def condition(self, run: Run) -> None:
         args = run.args
         run.batch = prompt_count(args) * args.num_images_per_prompt
         check_generators(run)
+        if not isinstance(args.guidance, Guidance | None):
+            raise TypeError(f"guidance={args.guidance!r} is no guidance: pass an object such as sfumato.APG(10.0)")
         run.guidance = self.choose_guidance(run)
         prompts = self.embed(run, "negative" in run.guidance.layout)
         branches = [prompts[name] for name in run.guidance.layout]

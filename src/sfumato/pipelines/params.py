@@ -74,6 +74,8 @@ CATALOGUE: dict[str, Parameter] = {
     "timesteps": Parameter(None, "Own timesteps, descending, where the scheduler takes them."),
     "sigmas": Parameter(None, "Own noise levels, descending, where the scheduler takes them."),
     "guidance_scale": Parameter(7.5, "Weight of the prompt (classifier-free guidance, arXiv:2207.12598); 1 turns it off."),
+    "pag_scale": Parameter(3.0, "Weight of perturbed-attention guidance (arXiv:2403.17377); 0 turns it off."),
+    "pag_adaptive_scale": Parameter(0.0, "What each timestep below 1000 takes from `pag_scale`, down to 0."),
     "image_guidance_scale": Parameter(1.5, "Weight of the given picture (arXiv:2211.09800); 1 or more."),
     "guidance_rescale": Parameter(0.0, "Against over-exposure under strong guidance (arXiv:2305.08891, section 3.4), 0 to 1."),
     "noise_level": Parameter(20, "Timestep of the noise added to the low-resolution picture."),
@@ -95,7 +97,7 @@ CATALOGUE: dict[str, Parameter] = {
     "callback_on_step_end_tensor_inputs": Parameter(["latents"], "Names of the tensors that the callback receives."),
     "callback": Parameter(None, "`f(index, timestep, latents)` every `callback_steps` steps."),
     "callback_steps": Parameter(1, "Interval of `callback`."),
-    "guidance": Parameter(None, "A guidance object of `sfumato.guidance` instead of `guidance_scale`."),
+    "guidance": Parameter(None, "A guidance object, such as `sfumato.APG(10.0)`, instead of `guidance_scale`."),
     "regions": Parameter(None, "Prompts that hold in part of the picture: a list of (prompt, mask), beside `prompt`."),
     "prompt_syntax": Parameter("plain", "`plain`, or `weighted`: `(word:1.3)`, `(word)`, `[word]`, `BREAK`, and any length."),
 }

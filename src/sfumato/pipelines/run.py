@@ -273,9 +273,9 @@ class PipelineView:
         run = self._run
         match name.removeprefix("_"):
             case "guidance_scale":
-                return getattr(run.guidance, "guidance_scale", 1.0)
+                return getattr(run.guidance.of_prompt, "guidance_scale", 1.0)
             case "do_classifier_free_guidance":
-                return len(run.guidance.passes(run)) > 1
+                return len(run.guidance.of_prompt.passes(run)) > 1
             case "interrupt":
                 return run._stop is not None
             case "num_timesteps":
@@ -292,9 +292,10 @@ class PipelineView:
             if value:
                 run.interrupt()
         elif name == "_guidance_scale":
-            if not hasattr(run.guidance, "guidance_scale"):
+            guidance = run.guidance.of_prompt
+            if not hasattr(guidance, "guidance_scale"):
                 raise AttributeError("this run has no guidance, so its scale cannot be set")
-            run.guidance.guidance_scale = float(value)
+            guidance.guidance_scale = float(value)
         else:
             near = did_you_mean(name, ("_interrupt", "_guidance_scale"))
             raise AttributeError(f"a callback cannot set {name!r} on the pipeline, which other runs share{near}")

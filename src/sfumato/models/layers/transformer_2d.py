@@ -96,7 +96,8 @@ class Transformer2D(nn.Module):
             context_mask = region_mask(options.regions, *size, context.shape[1])
         h = self.proj_in(_tokens(h)) if self.linear_projection else _tokens(self.proj_in(h))
         for block in self.transformer_blocks:
-            h = block(h, context, mask, context_mask, options, size)
+            if not options.perturbs(block, "skip"):
+                h = block(h, context, mask, context_mask, options, size)
         if self.linear_projection:
             h = self.proj_out(h)
         h = h.reshape(len(h), *size, -1).permute(0, 3, 1, 2)
