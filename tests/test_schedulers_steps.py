@@ -545,3 +545,28 @@ def test_pipelines_take_distilled_schedulers(checkpoint: Any, name: str, schedul
     pipe = test_pipelines.ours(folder, reference)
     both = (test_pipelines.with_scheduler(*side, scheduler) for side in ((diffusers, reference), (sfumato, pipe)))
     test_pipelines.assert_same(*both, **test_pipelines.CALLS[name])
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"])
+def test_a_shift_that_is_set_acts(name: str) -> None:
+    samples = []
+    for scheduler in pair(name, {}):
+        scheduler.set_shift(3.0)
+        scheduler.set_timesteps(4)
+        samples.append([scheduler.timesteps, scheduler.sigmas])
+    for expected, got in zip(*samples, strict=True):
+        close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"]
+)
+def test_a_solver_on_a_flow_stays_on_it_when_saved(name: str, tmp_path: Any) -> None:
+    first = getattr(ours, name).from_config(ours.FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    first.save_pretrained(tmp_path)
+    second, x = getattr(ours, name).from_pretrained(tmp_path), noises(1)[0]
+    for scheduler in (first, second):
+        scheduler.set_timesteps(4)
+    assert first.is_flow and torch.equal(first.sigmas, second.sigmas)
+    close(second.step(x, second.timesteps[0], x * 2).prev_sample, first.step(x, first.timesteps[0], x * 2).prev_sample)
+    assert (first.step(x, first.timesteps[1], x * 2).prev_sample - x * 2).abs().max() > 0.01

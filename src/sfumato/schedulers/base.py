@@ -463,7 +463,11 @@ class SigmaScheduler(LevelScheduler):
         if foreign and ("prediction_type" in defaulted or "prediction_type" not in c):
             self._kind = "flow_prediction"
         self.is_flow = foreign or (said and c["use_flow_sigmas"]) or (not own and self._kind == "flow_prediction")
-        self._shift = (None if said else c.get("shift")) or c.get("flow_shift") or 1.0  # static, of a flow's levels
+        # static, of a flow's levels: a run's, and that of the table, which set_shift leaves as it is
+        self._shift = self._table_shift = (None if said else c.get("shift")) or c.get("flow_shift") or 1.0
+        if foreign:  # a saved configuration, which has no defaults, shall say it as well
+            adopted = {"use_flow_sigmas": True, "flow_shift": self._shift, "prediction_type": self._kind}
+            self.register_to_config(**{key: value for key, value in adopted.items() if key in self._init_parameters()})
 
     def _set_levels(self, sigmas: np.ndarray, timesteps: np.ndarray, device: Device = None) -> None:
         """Takes over the levels of a run, the level it ends at included, and its timesteps."""
@@ -541,7 +545,7 @@ class SigmaScheduler(LevelScheduler):
             raise ValueError("use_dynamic_shifting=True needs mu, the logarithm of the shift for this picture's size")
         if sigmas is None:
             given = timesteps is not None
-            sigmas = np.asarray(timesteps, np.float64) / total if given else self._even_flow(self._check_count(count), shift)
+            sigmas = np.asarray(timesteps, np.float64) / total if given else self._even_flow(self._check_count(count))
         levels = shift_flow(np.asarray(sigmas, np.float64), shift)
         if terminal := c.get("shift_terminal"):
             levels = 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
@@ -551,10 +555,10 @@ class SigmaScheduler(LevelScheduler):
             return np.append(1 - levels, 1.0), (1 - levels) * total
         return np.append(levels, self._flow_end(levels)), levels * total if timesteps is None else np.asarray(timesteps, np.float64)
 
-    def _even_flow(self, count: int, shift: float) -> np.ndarray:
+    def _even_flow(self, count: int) -> np.ndarray:
         # The table's own end is shifted already, and is shifted again, as released models expect.
         end = np.float64(1 / len(self))
-        return np.linspace(1.0, end if self.config.get("use_dynamic_shifting") else shift_flow(end, shift), count)
+        return np.linspace(1.0, end if self.config.get("use_dynamic_shifting") else shift_flow(end, self._table_shift), count)
 
     def _flow_end(self, levels: np.ndarray) -> float:
         return 0.0

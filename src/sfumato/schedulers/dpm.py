@@ -88,7 +88,7 @@ class LogSnrScheduler(SigmaScheduler):
         rounded = self._ramp in ("karras", "lu") and self.config["beta_schedule"] != "squaredcos_cap_v2"
         return steps.round() if rounded else steps  # else cut off, as trained
 
-    def _even_flow(self, count: int, shift: float) -> np.ndarray:
+    def _even_flow(self, count: int) -> np.ndarray:
         return 1 - np.linspace(1.0, 1 / len(self), count + 1)[:0:-1]
 
     def _flow_end(self, levels: np.ndarray) -> float:

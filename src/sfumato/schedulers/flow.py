@@ -43,6 +43,7 @@ class FlowScheduler(ExplodingScheduler):
     def set_shift(self, shift: float) -> None:
         """Replaces the static shift; it acts from the next ``set_timesteps`` on."""
         self.register_to_config(shift=shift)
+        self._shift = shift
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """Mixes clean samples ``(B, ...)`` with noise at the level of ``timestep``, as :meth:`add_noise` does."""

@@ -74,7 +74,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
         levels = np.append(levels[:-1] / (1 + levels[:-1]), levels[-1]) if self._ramp else np.minimum(levels, 1 - 1e-6)
         return levels, levels[:-1] * len(self)
 
-    def _even_flow(self, count: int, shift: float) -> np.ndarray:
+    def _even_flow(self, count: int) -> np.ndarray:
         return np.linspace(1.0, 1 / len(self), count + 1)[:-1]
 
     def update(self, output: Tensor, i: int, x: Tensor) -> Tensor:
