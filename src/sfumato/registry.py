@@ -58,13 +58,15 @@ _MODULES: dict[str, str] = {
     " StableDiffusionControlNetPipeline StableDiffusionControlNetImg2ImgPipeline StableDiffusionControlNetInpaintPipeline"
     " StableDiffusionAdapterPipeline StableDiffusionAdapterImg2ImgPipeline StableDiffusionAdapterInpaintPipeline",
     "families.stable_diffusion_variants": "StableDiffusionDepth2ImgPipeline StableDiffusionUpscalePipeline"
-    " StableDiffusionControlNetDepth2ImgPipeline"
+    " StableDiffusionControlNetDepth2ImgPipeline StableDiffusionAdapterDepth2ImgPipeline"
+    " StableDiffusionControlNetInstructPix2PixPipeline StableDiffusionAdapterInstructPix2PixPipeline"
     " StableDiffusionInstructPix2PixPipeline StableDiffusionImageVariationPipeline",
     "families.stable_diffusion_xl_pipelines": "StableDiffusionXLPipeline StableDiffusionXLImg2ImgPipeline"
     " StableDiffusionXLInpaintPipeline StableDiffusionXLControlNetPipeline StableDiffusionXLControlNetImg2ImgPipeline"
     " StableDiffusionXLControlNetInpaintPipeline StableDiffusionXLControlNetUnionPipeline StableDiffusionXLAdapterPipeline"
     " StableDiffusionXLControlNetUnionImg2ImgPipeline StableDiffusionXLControlNetUnionInpaintPipeline"
-    " StableDiffusionXLAdapterImg2ImgPipeline StableDiffusionXLAdapterInpaintPipeline StableDiffusionXLInstructPix2PixPipeline",
+    " StableDiffusionXLAdapterImg2ImgPipeline StableDiffusionXLAdapterInpaintPipeline StableDiffusionXLInstructPix2PixPipeline"
+    " StableDiffusionXLControlNetInstructPix2PixPipeline StableDiffusionXLAdapterInstructPix2PixPipeline",
     "families.stable_diffusion_3_pipelines": "StableDiffusion3Pipeline StableDiffusion3Img2ImgPipeline"
     " StableDiffusion3InpaintPipeline StableDiffusion3ControlNetPipeline StableDiffusion3ControlNetImg2ImgPipeline"
     " StableDiffusion3ControlNetInpaintPipeline",

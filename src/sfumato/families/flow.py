@@ -6,27 +6,24 @@ from typing import Any
 
 import numpy as np
 
-from ..pipelines.image import ImagePipeline
+from ..pipelines.ip_adapter import PicturePrompts
 from ..pipelines.run import Run, accepted
 
 
-class FlowFamily(ImagePipeline):
+class FlowFamily(PicturePrompts):
     """A transformer that predicts the velocity of latents."""
 
     denoiser_name = "transformer"
     adapters_before = "image_encoder"
     picture_sets_size = False
     rounds_skipped_steps = True
+    takes_ip_adapters = False
+    attention_keywords = "joint_attention_kwargs"
     first_sigmas = False  # whether levels are spread evenly from 1 to 1 / steps, before any shift
 
     @property
     def size_multiple(self) -> int:
         return self.latent_format.factor * 2  # latents are taken in patches of 2 x 2
-
-    def check(self, run: Run) -> None:
-        super().check(run)
-        if run.args.joint_attention_kwargs:
-            raise ValueError(f"joint_attention_kwargs={run.args.joint_attention_kwargs!r} reaches no adapter: leave it out")
 
     def schedule_options(self, run: Run, given: dict[str, Any]) -> dict[str, Any]:
         takes = accepted(type(run.scheduler).set_timesteps)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from ..media.processor import VaeImageProcessor
 from ..models.several import Several
@@ -20,10 +21,10 @@ from ..pipelines.adapters import Control
 from ..pipelines.checks import as_list, check_pooled, check_prompts, check_width, negative_texts
 from ..pipelines.conditioning import Conditioning, numbered
 from ..pipelines.guidance import WHOLE, ClassifierFreeGuidance, Guidance, Weakening
-from ..pipelines.image import attention_options, network_of
+from ..pipelines.image import attention_options, network_of, region_options
 from ..pipelines.run import NEGATIVE_EMBEDS, Named, Run
 from ..pipelines.text import encode_clip, encode_t5
-from .flow import FlowFamily
+from .flux_ip_adapter import FluxPicturePrompts
 
 Texts = str | list[str] | None
 Embeds = torch.Tensor | None
@@ -32,7 +33,7 @@ PICTURES = ("image_encoder", "feature_extractor")
 RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
 
 
-class Flux(FlowFamily):
+class Flux(FluxPicturePrompts):
     """The family."""
 
     family = "FLUX.1"
@@ -98,7 +99,10 @@ class Flux(FlowFamily):
     def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, weakening: Weakening = WHOLE) -> torch.Tensor:
         height, width = x.shape[-2:]
         tokens, count = self._inputs(x, conditioning), height // 2 * (width // 2)
-        residuals = {name: list(conditioning.several(name)) or None for name in RESIDUALS}
+        others = tokens["hidden_states"].shape[1] - count  # reference pictures, which control networks do not see
+        residuals: dict[str, Any] = {}
+        for name in RESIDUALS:
+            residuals[name] = [F.pad(residual, (0, 0, 0, others)) for residual in conditioning.several(name)] or None
         repeat = "controlnet" in self.component_names and reads_pictures(self.controlnet)
         options = attention_options(conditioning, weakening)
         network = network_of(self, weakening)
@@ -131,7 +135,7 @@ class Flux(FlowFamily):
         condition = picture if reads_pictures(network) else self.pack(picture)
         found = network(
             controlnet_cond=condition, controlnet_mode=mode, conditioning_scale=control.scale, timestep=t / 1000, **inputs,
-            return_dict=False,
+            joint_attention_kwargs=region_options(conditioning), return_dict=False,
         )  # fmt: skip
         named = [numbered(name, part or ()) for name, part in zip(RESIDUALS, found, strict=True)]
         return {**named[0], **named[1]}

@@ -16,7 +16,7 @@ from ..pipelines.adapters import Control
 from ..pipelines.checks import as_list, check_pooled, check_prompts, check_width, negative_texts
 from ..pipelines.conditioning import Conditioning, numbered
 from ..pipelines.guidance import WHOLE, Weakening
-from ..pipelines.image import attention_options, network_of
+from ..pipelines.image import attention_options, network_of, region_options
 from ..pipelines.run import NEGATIVE_EMBEDS, Named, Run, conditioned
 from ..pipelines.text import encode_clips, encode_t5
 from .flow import FlowFamily
@@ -84,7 +84,8 @@ class StableDiffusion3(FlowFamily):
             pooled = given.to(pooled)
         text = None if network.config.joint_attention_dim is None else conditioning["encoder_hidden_states"]
         picture = torch.cat([control.pictures[0]] * len(branches))
-        tokens = {"encoder_hidden_states": text, "pooled_projections": pooled}
+        tokens: dict[str, Any] = {"encoder_hidden_states": text, "pooled_projections": pooled}
+        tokens["joint_attention_kwargs"] = None if text is None else region_options(conditioning)
         (residuals,) = network(x, picture, control.scale, **tokens, timestep=t, return_dict=False)
         return numbered("block_controlnet_hidden_states", residuals)
 

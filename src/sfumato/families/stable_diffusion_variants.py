@@ -10,7 +10,7 @@ import torch
 
 from ..media.processor import VaeImageProcessor
 from ..outputs import ImagePipelineOutput
-from ..pipelines.adapters import ControlNet
+from ..pipelines.adapters import T2I, ControlNet
 from ..pipelines.base import DiffusionPipeline
 from ..pipelines.checks import check_generators
 from ..pipelines.conditioning import Conditioning
@@ -72,6 +72,24 @@ class StableDiffusionInstructPix2PixPipeline(
         .replace("cross_attention_kwargs ", "")
         .replace("tensor_inputs", "tensor_inputs cross_attention_kwargs")
     )
+
+
+class StableDiffusionAdapterDepth2ImgPipeline(
+    StableDiffusionDepth2ImgPipeline, task=DepthToImage(), adapters=(T2I("control_image"),), later=DEPTH
+):
+    """Pictures from a picture's depth and text, steered by T2I-Adapters."""
+
+
+class StableDiffusionControlNetInstructPix2PixPipeline(
+    StableDiffusionInstructPix2PixPipeline, task=InstructEdit(), adapters=(ControlNet(),)
+):
+    """Edits a picture as an instruction says, steered by control pictures."""
+
+
+class StableDiffusionAdapterInstructPix2PixPipeline(
+    StableDiffusionInstructPix2PixPipeline, task=InstructEdit(), adapters=(T2I("control_image"),)
+):
+    """Edits a picture as an instruction says, steered by T2I-Adapters."""
 
 
 class NoisyUpscale(Task):

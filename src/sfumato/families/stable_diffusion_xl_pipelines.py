@@ -117,3 +117,15 @@ class StableDiffusionXLInstructPix2PixPipeline(
     def reference_scale(self) -> float:  # type: ignore[override]
         """CosXL reads the picture's latents as scaled as its own."""
         return self.latent_format.scale if self._options["is_cosxl_edit"] else 1.0
+
+
+class StableDiffusionXLControlNetInstructPix2PixPipeline(
+    StableDiffusionXLInstructPix2PixPipeline, task=InstructEdit(), adapters=(ControlNet(),)
+):
+    """Edits a picture as an instruction says, steered by control pictures."""
+
+
+class StableDiffusionXLAdapterInstructPix2PixPipeline(
+    StableDiffusionXLInstructPix2PixPipeline, task=InstructEdit(), adapters=(T2I("control_image"),)
+):
+    """Edits a picture as an instruction says, steered by T2I-Adapters."""

@@ -11,8 +11,8 @@ import torch
 from ..models.several import Several
 from ..pipelines.adapters import Control
 from ..pipelines.conditioning import Conditioning, numbered
-from ..pipelines.guidance import WHOLE, EditGuidance, Guidance, Weakening
-from ..pipelines.image import ATTENTION_INPUTS, attention_options, network_of
+from ..pipelines.guidance import WHOLE, EditGuidance, Guidance, Weakening, check_number
+from ..pipelines.image import ATTENTION_INPUTS, attention_options, network_of, region_options
 from ..pipelines.ip_adapter import PicturePrompts
 from ..pipelines.run import Run
 
@@ -31,6 +31,35 @@ class UNetFamily(PicturePrompts):
 
     adapters_before = "scheduler"
     reference_scale = 1.0  # of the latents of a picture to edit
+    _freeu: tuple[float, float, float, float] | None = None
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Strengthens the U-Net's features against its skip connections in calls from now on (FreeU, arXiv:2309.11497).
+
+        Args:
+            s1, s2: Factors of the skip connections' lowest frequencies in the first and second stage of the way up, below 1.
+            b1, b2: Factors of the features there, above 1.
+
+        Raises:
+            ValueError: A factor is no finite number, or the U-Net has no blocks of the kind.
+        """
+        for name, value in {"s1": s1, "s2": s2, "b1": b1, "b2": b2}.items():
+            check_number(name, value)
+        if not any(getattr(block, "can_be_freed", False) for block in self.unet.up_blocks[:2]):
+            raise ValueError(f"FreeU acts on up blocks of convolutions, and this U-Net has {self.unet.config.up_block_types}")
+        self._freeu = (s1, b1, s2, b2)
+
+    def disable_freeu(self) -> None:
+        """Undoes :meth:`enable_freeu`."""
+        self._freeu = None
+
+    @torch.no_grad()
+    def start(self, *args: Any, **kwargs: Any) -> Run:
+        run = super().start(*args, **kwargs)
+        if self._freeu is not None:
+            factors = torch.tensor(self._freeu, device=run.device).view(1, 2, 2)
+            run.conditioning = run.conditioning.replace(freeu=factors.expand(run.batch * run.guidance.branches, -1, -1))
+        return run
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, weakening: Weakening = WHOLE) -> torch.Tensor:
         return network_of(self, weakening)(x, t, **unet_inputs(conditioning, weakening), return_dict=False)[0]
@@ -39,13 +68,14 @@ class UNetFamily(PicturePrompts):
         self, run: Run, control: Control, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, branches: Sequence[int]
     ) -> dict[str, torch.Tensor]:
         """The residuals of a control network; in guess mode for the prompt's branch alone, zeros for the others."""
-        count, batch, last = len(branches), run.batch, run.guidance.branches - 1
+        count, batch, last = len(branches), run.batch, run.guidance.layout.index("positive")
         alone = control.guess and count > 1 and last in branches
         if alone:
             at = branches.index(last)
             x, t, conditioning = x[at * batch :][:batch], t[at * batch :][:batch], conditioning.branches([at], count, batch)
         rows = 1 if alone else count
         inputs = {k: v for k, v in unet_inputs(conditioning).items() if k in CONTROL_INPUTS}
+        inputs["cross_attention_kwargs"] = region_options(conditioning)
         pictures: Any = [torch.cat([picture] * rows) for picture in control.pictures]
         if control.kinds is None:
             pictures = pictures[0]

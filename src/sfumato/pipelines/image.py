@@ -19,8 +19,8 @@ from .latent import LatentFormat
 from .run import Run
 from .tasks import truncate_schedule
 
-ATTENTION_INPUTS = ("regions", "image_scales", "image_tokens", "image_masks")
-"""Conditioning that reaches the attention layers as options."""
+ATTENTION_INPUTS = ("regions", "image_scales", "image_tokens", "image_masks", "freeu")
+"""Conditioning that reaches the layers as options."""
 
 
 class ImagePipeline(DiffusionPipeline):
@@ -181,9 +181,15 @@ def network_of(pipe: ImagePipeline, weakening: Weakening) -> nn.Module:
 
 
 def attention_options(conditioning: Conditioning, weakening: Weakening) -> AttentionOptions | None:
-    """What the conditioning and a weakening ask of the attention layers; ``None`` for nothing."""
-    regions, scales = conditioning.get("regions"), conditioning.get("image_scales")
+    """What the conditioning and a weakening ask of the layers; ``None`` for nothing."""
+    regions, scales, freeu = (conditioning.get(name) for name in ("regions", "image_scales", "freeu"))
     tokens, masks = conditioning.several("image_tokens"), conditioning.several("image_masks")
-    if regions is None and not tokens and weakening.perturbation is None:
+    if regions is None and freeu is None and not tokens and weakening.perturbation is None:
         return None
-    return AttentionOptions(weakening.perturbation, regions, tokens, scales, masks)
+    return AttentionOptions(weakening.perturbation, regions, tokens, scales, masks, freeu)
+
+
+def region_options(conditioning: Conditioning) -> AttentionOptions | None:
+    """What a control network is asked: to keep prompts to their regions."""
+    regions = conditioning.get("regions")
+    return None if regions is None else AttentionOptions(regions=regions)

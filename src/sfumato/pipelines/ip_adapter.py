@@ -6,11 +6,12 @@ pictures and reads the scales when it starts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import PurePath
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,7 +21,8 @@ from ..hub import PathLike, Source
 from ..models.ip_projections import MultiIPAdapterImageProjection, build_projection, input_width, reads_patches
 from ..models.layers.attention import Attention
 from ..models.layers.image_prompt import ImagePromptAttention, prompted_layers
-from ..weights import read_tensors
+from ..models.layers.joint_attention import JointAttention
+from ..weights import assign, read_tensors, weight_patterns
 from .conditioning import numbered
 from .image import ImagePipeline
 from .loading import LoadRequest
@@ -34,6 +36,9 @@ _MASKS = "ip_adapter_masks"
 
 class PicturePrompts(ImagePipeline):
     """An image pipeline whose denoiser takes IP-Adapters."""
+
+    takes_ip_adapters: ClassVar[bool] = True
+    attention_keywords: ClassVar[str] = "cross_attention_kwargs"  # the argument that holds masks
 
     image_encoder: Any
     feature_extractor: Any
@@ -61,11 +66,25 @@ class PicturePrompts(ImagePipeline):
             HubError: Nothing is found under the name.
             WeightsError: A file is a pickle, corrupt, of no known kind, or was made for another network.
         """
-        if "ip_adapter_image" not in self.call_signature.parameters:
-            raise ValueError(f"{type(self).__name__} takes no picture prompts: use a pipeline with the argument ip_adapter_image")
-        places = _listed(pretrained_model_name_or_path_or_dict)
-        folders, names = (_one_each(x, len(places), n) for x, n in ((subfolder, "subfolder"), (weight_name, "weight_name")))
         options = (revision, token, cache_dir, local_files_only, force_download)
+
+        def encoder_of(source: Source, folder: str) -> tuple[Source, str] | None:
+            if image_encoder_folder is None:
+                return None
+            inside = PurePath("" if "/" in image_encoder_folder else folder) / image_encoder_folder
+            return source, inside.as_posix()
+
+        self._load_adapters(pretrained_model_name_or_path_or_dict, subfolder, weight_name, options, encoder_of)
+
+    def _load_adapters(
+        self, given: Any, subfolder: Any, weight_name: Any, options: tuple[Any, ...],
+        encoder_of: Callable[[Source, str], tuple[Source, str] | None],
+    ) -> None:  # fmt: skip
+        """Loads IP-Adapters, and an image encoder from where ``encoder_of`` the first file's source and folder says."""
+        if not self.takes_ip_adapters or "ip_adapter_image" not in self.call_signature.parameters:
+            raise ValueError(f"{type(self).__name__} takes no picture prompts here: use a pipeline that does, of FLUX, SD or SDXL")
+        places = _listed(given)
+        folders, names = (_one_each(x, len(places), n) for x, n in ((subfolder, "subfolder"), (weight_name, "weight_name")))
         wanted = "image_encoder" in self.component_names and self.image_encoder is None
         files, encoder = [], None
         for place, folder, name in zip(places, folders, names, strict=True):
@@ -74,9 +93,8 @@ class PicturePrompts(ImagePipeline):
                 continue
             source = Source(place, *options)
             files.append(_read(source, folder or "", name))
-            if wanted and encoder is None and image_encoder_folder is not None:
-                inside = PurePath("" if "/" in image_encoder_folder else folder or "") / image_encoder_folder
-                encoder = self._load_encoder(source, inside.as_posix())
+            if wanted and encoder is None and (found := encoder_of(source, folder or "")) is not None:
+                encoder = self._load_encoder(*found)
         attach(self.denoiser, files)
         if encoder is not None:
             self.image_encoder, self._encoder_of_adapter = encoder, True
@@ -87,9 +105,9 @@ class PicturePrompts(ImagePipeline):
                 self.feature_extractor = CLIPImageProcessor(size=size, crop_size=size)
 
     def _load_encoder(self, source: Source, folder: str) -> Any:
+        place = source.fetch(["*.json", *weight_patterns(None, "model.safetensors")], folder)
         request = LoadRequest(source, None, {"default": self.compute_dtype}, self.device)
-        entry = ("transformers", "CLIPVisionModelWithProjection")
-        return request.load(request.fetch({folder: entry}), folder, *entry)
+        return request.load(place.parent, place.name, "transformers", "CLIPVisionModelWithProjection")
 
     def unload_ip_adapter(self) -> None:
         """Removes the IP-Adapters, so that the denoiser is what it was, and the image encoder that came with them."""
@@ -111,12 +129,15 @@ class PicturePrompts(ImagePipeline):
         adapters = projections_of(self.denoiser)
         if adapters is None:
             raise ValueError(f"there is no IP-Adapter to scale in this pipeline: {LOAD}")
-        count = len(adapters.scales)
+        count, layers = len(adapters.scales), prompted_layers(self.denoiser)
         given = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
         if len(given) != count:
             raise ValueError(f"scale has {len(given)} values for {count} IP-Adapters: pass a number, or a list with one for each")
-        layers = list(prompted_layers(self.denoiser))
-        adapters.scales = tuple(_scales_of_layers(each, layers) for each in given)
+        adapters.scales = tuple(self.scales_of_layers(each, list(layers)) for each in given)
+
+    def scales_of_layers(self, scale: Any, names: Sequence[str]) -> tuple[Any, ...]:
+        """The scale of each of the attention layers that an IP-Adapter reaches, from what a caller gave for it."""
+        return _scales_of_layers(scale, names)
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
@@ -144,8 +165,8 @@ class PicturePrompts(ImagePipeline):
         return positive, negative
 
     def prepare_ip_adapter_image_embeds(
-        self, ip_adapter_image: Any, ip_adapter_image_embeds: Any, device: torch.device | None, num_images_per_prompt: int,
-        do_classifier_free_guidance: bool,
+        self, ip_adapter_image: Any, ip_adapter_image_embeds: Any = None, device: torch.device | None = None,
+        num_images_per_prompt: int = 1, do_classifier_free_guidance: bool = False,
     ) -> list[torch.Tensor]:  # fmt: skip
         """Encodes picture prompts, so that later calls can take them as ``ip_adapter_image_embeds``.
 
@@ -178,16 +199,21 @@ class PicturePrompts(ImagePipeline):
     def check(self, run: Run) -> None:
         super().check(run)
         args, adapters = run.args, projections_of(self.denoiser)
-        pictures = {name: getattr(args, name) for name in ("ip_adapter_image", "ip_adapter_image_embeds")}
-        given = [name for name, value in pictures.items() if value is not None]
-        keywords = args.cross_attention_kwargs or {}
-        refuse_unknown(keywords, (_MASKS,), "cross_attention_kwargs has no use for", ValueError)
+        keywords = getattr(args, self.attention_keywords) or {}
+        for name in keywords:
+            if name != _MASKS:
+                near = did_you_mean(name, (_MASKS,))
+                raise ValueError(f"{self.attention_keywords}={keywords!r} reaches no adapter with {name!r}{near}: leave it out")
+        names = [f"{sign}ip_adapter_image" for sign in ("", "negative_")]
+        for name in names:
+            if getattr(args, name) is not None and getattr(args, f"{name}_embeds") is not None:
+                raise ValueError(f"both of {name} and {name}_embeds are given: pass one of them")
+        given = [n for name in names for n in (name, f"{name}_embeds") if getattr(args, n) is not None]
         if adapters is None and (given or keywords):
             raise ValueError(f"{(given or list(keywords))[0]} is given, but no IP-Adapter is loaded in this pipeline: {LOAD}")
-        if adapters is not None and len(given) != 1:
-            both = "both of" if given else "neither of"
-            remedy = "pass one of them, or remove the IP-Adapter with `pipe.unload_ip_adapter()`"
-            raise ValueError(f"{both} {' and '.join(pictures)} given, and an IP-Adapter is loaded: {remedy}")
+        if adapters is not None and not given:
+            remedy = "pass ip_adapter_image or ip_adapter_image_embeds, or remove it with `pipe.unload_ip_adapter()`"
+            raise ValueError(f"an IP-Adapter is loaded, and there is no picture for it: {remedy}")
 
     def condition(self, run: Run) -> None:
         super().condition(run)
@@ -195,19 +221,22 @@ class PicturePrompts(ImagePipeline):
         if adapters is not None:
             run.conditioning = run.conditioning.replace(**self._image_conditioning(run, adapters))
 
+    def embed_pictures(self, run: Run, guided: bool) -> list[torch.Tensor]:
+        """The encoded pictures of a run, (rows, pictures, ...) for each IP-Adapter, those of the negative branch in front."""
+        given = run.args.ip_adapter_image, run.args.ip_adapter_image_embeds
+        return self.prepare_ip_adapter_image_embeds(*given, run.device, 1, guided)
+
     def _image_conditioning(self, run: Run, adapters: MultiIPAdapterImageProjection) -> dict[str, torch.Tensor]:
         """What the attention to picture prompts reads, of all guidance branches."""
         args, layout = run.args, run.guidance.layout
         guided = "negative" in layout
-        given = args.ip_adapter_image, args.ip_adapter_image_embeds
-        embeds = self.prepare_ip_adapter_image_embeds(*given, run.device, 1, guided)
         tokens = []
-        for whole in adapters(embeds):
+        for whole in adapters(self.embed_pictures(run, guided)):
             parts = [per_picture(part, run.batch, "picture prompt") for part in whole.chunk(2 if guided else 1)]
             named = dict(zip(("negative", "positive")[-len(parts) :], parts, strict=True))
             tokens.append(torch.cat([named[name] for name in layout]))
         counts, rows = [t.shape[1] for t in tokens], run.batch * len(layout)
-        masks = _masks((args.cross_attention_kwargs or {}).get(_MASKS), counts)
+        masks = _masks((getattr(args, self.attention_keywords) or {}).get(_MASKS), counts)
         scales = _scale_table(adapters.scales, counts, bool(masks)).to(run.device)  # (L, pictures)
         spread = [m.to(run.device, torch.float32).expand(rows, -1, -1, -1) for m in masks]
         scaled = {"image_scales": scales.expand(rows, -1, -1)}
@@ -219,13 +248,13 @@ class PicturePrompts(ImagePipeline):
 
 def projections_of(network: nn.Module) -> MultiIPAdapterImageProjection | None:
     """The projections of the IP-Adapters that a network has."""
-    found = network.encoder_hid_proj
+    found = getattr(network, "encoder_hid_proj", None)
     return found if isinstance(found, MultiIPAdapterImageProjection) else None
 
 
 def attach(network: Any, files: Sequence[tuple[File, str]]) -> None:
     """Gives a network the IP-Adapters of ``files``, each with where it comes from, in place of those that it has."""
-    if network.config.encoder_hid_dim_type is not None:
+    if network.encoder_hid_proj is not None and projections_of(network) is None:
         kind = network.config.encoder_hid_dim_type
         raise ValueError(f"this network projects its tokens (encoder_hid_dim_type={kind!r}), and IP-Adapters cannot be added to it")
     layers, like = prompted_layers(network), {"device": network.device, "dtype": network.dtype}
@@ -234,13 +263,13 @@ def attach(network: Any, files: Sequence[tuple[File, str]]) -> None:
     changes = [_low_rank(file["ip_adapter"], network, where) for file, where in files]
     detach(network)
     for i, layer in enumerate(layers.values()):
-        pairs = [each[i] for each in weights]
+        own = [each[i] for each in weights]
         with torch.device("meta"):
-            processor = ImagePromptAttention(i, layer.to_q.out_features, [key.shape[1] for key, _ in pairs])
-        for name, place in (("to_k_ip", 0), ("to_v_ip", 1)):
-            for linear, pair in zip(getattr(processor, name), pairs, strict=True):
-                linear.weight = nn.Parameter(pair[place].to(**like))
-        layer.processor = processor.eval()
+            contexts = [tensors["to_k_ip.weight"].shape[1] for tensors in own]
+            processor = ImagePromptAttention(i, layer.to_q.out_features, contexts, bias="to_k_ip.bias" in own[0])
+        named = {f"{name.replace('.', f'.{k}.')}": tensor for k, tensors in enumerate(own) for name, tensor in tensors.items()}
+        assign(processor, named, network.dtype, "an IP-Adapter")
+        layer.processor = processor.to(network.device).eval()
     scales = tuple((1.0,) * len(layers) for _ in files)
     adapters = MultiIPAdapterImageProjection(projections, scales).to(**like).eval()
     for change in changes:
@@ -282,6 +311,13 @@ def _one_each(value: Any, count: int, name: str) -> list[Any]:
     return found
 
 
+_XLABS = (
+    (r"^ip_adapter_proj_model\.", "image_proj."),
+    (r"^double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj\.", r"ip_adapter.\1.to_\2_ip."),
+)
+"""Names in files for FLUX -> those of the other files."""
+
+
 def _read(source: Source, subfolder: str, weight_name: str | None) -> tuple[File, str]:
     if not weight_name:
         raise ValueError(f"weight_name={weight_name!r} must name the file of the IP-Adapter in {source.name}, *.safetensors")
@@ -290,7 +326,10 @@ def _read(source: Source, subfolder: str, weight_name: str | None) -> tuple[File
         raise WeightsError(f"{weight_name} is no safetensors file, and pickles, which can run code, are not opened: {remedy}")
     path = source.file(weight_name, subfolder)
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in read_tensors([path]).items():
+    for original, tensor in read_tensors([path]).items():
+        key = original
+        for pattern, new in _XLABS:
+            key = re.sub(pattern, new, key)
         part, _, name = key.partition(".")
         parts.setdefault(part, {})[name] = tensor
     return _parts(parts, str(path)), str(path)
@@ -303,20 +342,31 @@ def _parts(file: File, where: str) -> File:
 
 
 def _layer_weights(
-    tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Attention], where: str
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Key and value weights of each layer; files number attention layers from 0, every second of which reads the prompt."""
-    names = [(f"{2 * i + 1}.to_k_ip.weight", f"{2 * i + 1}.to_v_ip.weight") for i in range(len(layers))]
-    expected, found = {n for pair in names for n in pair}, {n for n in tensors if "_lora." not in n}
-    remedy = "it was made for another network (SD 1.5, SDXL ...)"
-    if expected != found:
-        raise WeightsError(f"{where} holds {len(found)} attention weights, this network takes {len(expected)}: {remedy}")
-    for (key, value), layer in zip(names, layers.values(), strict=True):
-        for name in (key, value):
-            if len(tensors[name]) != layer.to_q.out_features:
-                shape = tuple(tensors[name].shape)
-                raise WeightsError(f"{where}: {name!r} has shape {shape}, expected ({layer.to_q.out_features}, ...): {remedy}")
-    return [(tensors[key], tensors[value]) for key, value in names]
+    tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Attention | JointAttention], where: str
+) -> list[dict[str, torch.Tensor]]:
+    """Weights of each layer, ``to_k_ip.weight`` and so on.
+
+    Files for U-Nets number all attention layers, every second of which reads the prompt; those for transformers the blocks, and
+    have biases.
+    """
+    found: list[dict[str, torch.Tensor]] = []
+    used, remedy = 0, "it was made for another network (SD 1.5, SDXL, FLUX ...)"
+    for i, layer in enumerate(layers.values()):
+        joint = isinstance(layer, JointAttention)
+        number, names = i if joint else 2 * i + 1, ("weight", "bias") if joint else ("weight",)
+        keys = [f"{kind}.{name}" for kind in ("to_k_ip", "to_v_ip") for name in names]
+        own = {key: tensors[f"{number}.{key}"] for key in keys if f"{number}.{key}" in tensors}
+        if len(own) != len(keys) or any(len(tensor) != layer.to_q.out_features for tensor in own.values()):
+            shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+            raise WeightsError(
+                f"{where} holds {shapes} for attention layer {number}, which is {layer.to_q.out_features} wide: {remedy}"
+            )
+        found.append(own)
+        used += len(own)
+    count = sum("_lora." not in name for name in tensors)
+    if used != count:
+        raise WeightsError(f"{where} holds {count} attention weights, this network takes {used}: {remedy}")
+    return found
 
 
 _LOW_RANK = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out.0"}
@@ -364,7 +414,7 @@ def _scales_of_layers(scale: Any, names: Sequence[str]) -> tuple[Any, ...]:
     """The scale of each attention layer."""
     places = [_Place.of(name) for name in names]
     if not isinstance(scale, Mapping):
-        return (_checked_scale(scale),) * len(places)
+        return (checked_scale(scale),) * len(places)
     parts = {place.part for place in places}
     refuse_unknown(scale, parts, f"the scale of an IP-Adapter is by {', '.join(sorted(parts))}; it has", ValueError)
     found: list[Any] = [0.0] * len(places)
@@ -385,11 +435,11 @@ def _scales_of_layers(scale: Any, names: Sequence[str]) -> tuple[Any, ...]:
                     f"scale[{part!r}][{block!r}] has {len(values)} values for {count} transformers: pass one, or {count}"
                 )
             for i in inside:
-                found[i] = _checked_scale(values[places[i].transformer % len(values)])
+                found[i] = checked_scale(values[places[i].transformer % len(values)])
     return tuple(found)
 
 
-def _checked_scale(value: Any) -> Any:
+def checked_scale(value: Any) -> Any:
     """A number, or a tuple of one for each picture."""
     each = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not each or not all(isinstance(x, Real) for x in each):
