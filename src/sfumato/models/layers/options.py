@@ -1,4 +1,4 @@
-"""What one call asks of a network's attention beside tokens and masks."""
+"""What one call asks of a network beside tokens and masks: of its attention, for the most part."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class AttentionOptions:
         image_tokens: Encoded picture prompts, one (B, pictures, K, C) for each IP-Adapter.
         image_scales: Weight of each picture in each of the L layers that IP-Adapters reach, (B, L, pictures of all adapters).
         image_masks: Where the pictures of each IP-Adapter act, (B, pictures, H, W) at any resolution; empty for everywhere.
+        freeu: Factors (B, 2, 2) of the first two stages of a U-Net's way up: of the skip connection and of the features.
     """
 
     perturbation: Perturbation | None = None
@@ -45,6 +46,7 @@ class AttentionOptions:
     image_tokens: tuple[torch.Tensor, ...] = ()
     image_scales: torch.Tensor | None = None
     image_masks: tuple[torch.Tensor, ...] = ()
+    freeu: torch.Tensor | None = None
 
     def perturbs(self, layer: nn.Module, kind: str) -> bool:
         """Whether ``layer`` is weakened in the way of ``kind``."""

@@ -183,7 +183,10 @@ class UNetBase(ModelMixin):
     def _up(self, x: torch.Tensor, states: list[Any], c: Conditions, uneven: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The way up: the features, and the picture of blocks that make one."""
         picture: torch.Tensor | None = None
-        for block in self.up_blocks:
+        freeu = c.options.freeu
+        for i, block in enumerate(self.up_blocks):
+            if freeu is not None:
+                c = c._replace(freeu=(freeu[:, i, 0], freeu[:, i, 1]) if i < freeu.shape[1] else None)
             count = cast(int, block.num_states)
             taken = states[-count:]
             del states[-count:]

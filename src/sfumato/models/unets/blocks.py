@@ -15,6 +15,7 @@ from torch import nn
 
 from ...errors import ConfigError, did_you_mean
 from ..layers.attention import Attention
+from ..layers.freeu import freed
 from ..layers.options import NO_OPTIONS, AttentionOptions
 from ..layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from ..layers.transformer_2d import Transformer2D
@@ -30,6 +31,7 @@ class Conditions(NamedTuple):
     mask: torch.Tensor | None = None  # bias (B, 1, N) of the attention within the picture
     context_mask: torch.Tensor | None = None  # bias (B, 1, M) of the attention to the tokens
     options: AttentionOptions = NO_OPTIONS  # of this call
+    freeu: tuple[torch.Tensor, torch.Tensor] | None = None  # factors of skip connection and features (B,), of this block
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,7 @@ class UpBlock(_Block):
         super().__init__(kind, shared, level, channels, k_self_attention=state_channels[0] == 0)
         self.num_states = len(state_channels)
         self.takes_size = kind.resampler == "conv"
+        self.can_be_freed = self.takes_size and kind.attention != "pixel"
         self.upsamplers = self._resampler(shared, out_channels, up=True) if resample else None
 
     def forward(
@@ -253,7 +256,10 @@ class UpBlock(_Block):
         temb = c.activated if self.activated else c.temb
         for i, resnet in enumerate(self.resnets):
             if i < self.num_states and states[-1 - i] is not None:
-                x = torch.cat([x, states[-1 - i]], dim=1)
+                state = states[-1 - i]
+                if c.freeu is not None and self.can_be_freed:
+                    x, state = freed(x, state, *c.freeu)
+                x = torch.cat([x, state], dim=1)
             x = resnet(x, temb)
             if self.attentions is not None:
                 x = _attend(self.attention, self.attentions[i], x, c)
