@@ -242,6 +242,19 @@ def test_the_layers_are_saved_with_the_pipeline(checkpoint: Checkpoint, tmp_path
     assert sfumato.DiffusionPipeline.from_pretrained(tmp_path).pag_applied_layers == ["down", "mid"]
 
 
+def test_auto_pipelines_keep_or_change_perturbed_attention(checkpoint: Checkpoint) -> None:
+    folder, reference = checkpoint("StableDiffusionPAGPipeline")
+    auto = sfumato.AutoPipelineForImage2Image
+    assert type(auto.from_pipe(ours(folder, reference))).__name__ == "StableDiffusionPAGImg2ImgPipeline"
+    assert type(auto.from_pipe(ours(folder, reference), enable_pag=False)).__name__ == "StableDiffusionImg2ImgPipeline"
+    folder, _ = checkpoint("StableDiffusionXLPipeline")
+    pipe = sfumato.AutoPipelineForText2Image.from_pretrained(folder, enable_pag=True, pag_applied_layers="down")
+    assert (type(pipe).__name__, pipe.pag_applied_layers) == ("StableDiffusionXLPAGPipeline", ["down"])
+    folder, _ = checkpoint("StableDiffusion3Pipeline")
+    with pytest.raises(ValueError, match="no inpaint pipeline with perturbed-attention guidance"):
+        sfumato.AutoPipelineForInpainting.from_pretrained(folder, enable_pag=True)
+
+
 def test_same_picture_with_layers_left_out(checkpoint: Checkpoint) -> None:
     folder, reference = checkpoint("StableDiffusion3Pipeline")
     pipe = ours(folder, reference)

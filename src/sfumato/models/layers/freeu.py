@@ -22,17 +22,19 @@ def freed(x: torch.Tensor, state: torch.Tensor, skip: torch.Tensor, backbone: to
 def lowest_frequencies(x: torch.Tensor) -> torch.Tensor:
     """The part of (..., H, W) whose frequencies are -1 and 0 in both directions, the paper's threshold of 1.
 
-    Four frequencies are a product with two small matrices, less work than the Fourier transform.
+    Four frequencies take three waves along each side, less work than the Fourier transform.
     """
-    if min(x.shape[-2:]) < 2:
+    height, width = x.shape[-2:]
+    if min(height, width) < 2:
         return torch.zeros_like(x)  # they are not apart
-    rows, columns = (_projection(size, x) for size in x.shape[-2:])
-    # the real part of (Re + i Im) x (Re + i Im)^T
-    return rows[0] @ x @ columns[0].T - rows[1] @ x @ columns[1].T
+    rows, columns = _waves(height, x), _waves(width, x)
+    amplitudes = rows.T @ x @ columns  # (..., 3, 3)
+    # along a side, the projection is B (1 + i turn) B^T / size with the waves B; this is the real part of the product of both
+    turn = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]], device=x.device, dtype=x.dtype)
+    return rows @ (amplitudes - turn @ amplitudes @ turn.T) @ columns.T / (height * width)
 
 
-def _projection(size: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Real and imaginary part of the projection (size, size) on the frequencies -1 and 0."""
-    place = torch.arange(size, device=like.device, dtype=like.dtype)
-    angle = 2 * math.pi / size * (place[:, None] - place[None, :])
-    return (1 + angle.cos()) / size, -angle.sin() / size
+def _waves(size: int, like: torch.Tensor) -> torch.Tensor:
+    """A constant, a cosine and a sine over ``size`` places, (size, 3)."""
+    angle = 2 * math.pi / size * torch.arange(size, device=like.device, dtype=like.dtype)
+    return torch.stack([torch.ones_like(angle), angle.cos(), angle.sin()], dim=1)
