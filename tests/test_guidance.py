@@ -426,6 +426,8 @@ def test_what_is_no_guidance_is_refused(checkpoint: Checkpoint) -> None:
     folder, reference = checkpoint("StableDiffusionPipeline")
     with pytest.raises(TypeError, match=r"guidance=5\.0 is no guidance"):
         ours(folder, reference)(**TEXT, guidance=5.0)
+    with pytest.raises(ValueError, match=r"guidance_scale=5\.0 is given beside guidance"):
+        ours(folder, reference)(**TEXT, guidance=sfumato.APG(), guidance_scale=5.0)
     with pytest.raises(TypeError, match=r"base=5\.0 is no guidance"):
         sfumato.PAG(base=5.0)
 

@@ -90,6 +90,8 @@ class Flux(FluxPicturePrompts):
         check_width(run.args, ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), config.pooled_projection_dim)
 
     def choose_guidance(self, run: Run) -> Guidance:
+        if (given := self.given_guidance(run, "true_cfg_scale", "guidance_rescale")) is not None:
+            return given
         args = run.args
         if args.guidance is not None:
             return args.guidance

@@ -93,8 +93,9 @@ class UNetFamily(PicturePrompts):
         return {k: torch.cat([blank[branch == last](v) for branch in branches]) for k, v in found.items()}
 
     def choose_guidance(self, run: Run) -> Guidance:
-        guides_itself = self.unet.config.time_cond_proj_dim is not None and run.args.guidance is None  # being distilled
-        return Guidance() if guides_itself else super().choose_guidance(run)
+        if self.unet.config.time_cond_proj_dim is None:
+            return super().choose_guidance(run)
+        return self.given_guidance(run) or Guidance()  # a distilled denoiser guides itself, by the scale that it reads
 
     def guidance_condition(self, run: Run) -> dict[str, torch.Tensor]:
         """The embedded guidance scale (B, D) that distilled denoisers read."""

@@ -109,18 +109,28 @@ class ImagePipeline(DiffusionPipeline):
 
     def choose_guidance(self, run: Run) -> Guidance:
         """The guidance that the arguments ask for."""
+        if (given := self.given_guidance(run, "guidance_scale", "guidance_rescale")) is not None:
+            return given
         args = run.args
-        if args.guidance is not None:
-            return args.guidance
         guided = args.guidance_scale > 1
         return ClassifierFreeGuidance(args.guidance_scale, guidance_rescale=args.guidance_rescale) if guided else Guidance()
+
+    def given_guidance(self, run: Run, *replaced: str) -> Guidance | None:
+        """The guidance object that the caller passed; a ``ValueError`` if arguments that it replaces are given too."""
+        args, parameters = run.args, self.call_signature.parameters
+        if args.guidance is None:
+            return None
+        if not isinstance(args.guidance, Guidance):
+            raise TypeError(f"guidance={args.guidance!r} is no guidance: pass an object such as sfumato.APG(10.0)")
+        for name in (n for n in replaced if n in parameters):
+            if getattr(args, name) != parameters[name].default:
+                raise ValueError(f"{name}={getattr(args, name)!r} is given beside guidance, which has its own: leave it out")
+        return args.guidance
 
     def condition(self, run: Run) -> None:
         args = run.args
         run.batch = prompt_count(args) * args.num_images_per_prompt
         check_generators(run)
-        if not isinstance(args.guidance, Guidance | None):
-            raise TypeError(f"guidance={args.guidance!r} is no guidance: pass an object such as sfumato.APG(10.0)")
         run.guidance = self.choose_guidance(run)
         prompts = self.embed(run, "negative" in run.guidance.layout)
         branches = [prompts[name] for name in run.guidance.layout]
