@@ -58,9 +58,15 @@ def projection(kind: str, dim: int, g: torch.Generator) -> dict[str, torch.Tenso
 
 
 def adapter_file(unet: Any, kind: str = "plain", seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
-    """An IP-Adapter for a tiny U-Net of the reference."""
-    g, dim = torch.Generator().manual_seed(seed), unet.config.cross_attention_dim
-    layers: dict[str, torch.Tensor] = {}
+    """An IP-Adapter for a tiny U-Net or FLUX transformer of the reference."""
+    g = torch.Generator().manual_seed(seed)
+    if "single_transformer_blocks" in dict(unet.named_children()):
+        dim = unet.config.joint_attention_dim
+        names = [f"{i}.to_{x}_ip" for i in range(unet.config.num_layers) for x in "kv"]
+        layers = {key: tensor for name in names for key, tensor in linear(name, unet.inner_dim, dim, g).items()}
+        return {"image_proj": projection(kind, dim, g), "ip_adapter": layers}
+    dim = unet.config.cross_attention_dim
+    layers = {}
     modules = dict(unet.named_modules())
     for i, name in enumerate(unet.attn_processors):
         if name.endswith("attn2.processor"):
@@ -75,15 +81,18 @@ def pair(checkpoint: Checkpoint, name: str, *kinds: str, scale: Any = None) -> t
     encoder = tiny.image_encoder()
     parts = {**base.components, "image_encoder": encoder, "feature_extractor": tiny.image_processor()}
     options = {k: v for k, v in base.config.items() if k in ("requires_aesthetics_score", "requires_safety_checker")}
-    parts["unet"] = type(base.unet).from_pretrained(folder, subfolder="unet")  # the checkpoint's own is shared between tests
+    denoiser = "unet" if "unet" in parts else "transformer"
+    parts[denoiser] = type(parts[denoiser]).from_pretrained(folder, subfolder=denoiser)  # the checkpoint's is shared between tests
     reference = type(base)(**parts, **options)
     reference.set_progress_bar_config(disable=True)
     pipe = ours(folder, base)
     pipe.image_encoder, pipe.feature_extractor = encoder, tiny.image_processor()
     if kinds:
-        files = [adapter_file(reference.unet, kind, seed) for seed, kind in enumerate(kinds)]
-        reference.load_ip_adapter(files, [""] * len(files), [""] * len(files))
-        pipe.load_ip_adapter(files, [""] * len(files), [""] * len(files))
+        files = [adapter_file(parts[denoiser], kind, seed) for seed, kind in enumerate(kinds)]
+        names: dict[str, Any] = {"subfolder": [""] * len(files), "weight_name": [""] * len(files)}
+        encoder_name = {"image_encoder_pretrained_model_name_or_path": None} if denoiser == "transformer" else {}
+        reference.load_ip_adapter(files, **names, **encoder_name)
+        pipe.load_ip_adapter(files, **names)
     if scale is not None:
         reference.set_ip_adapter_scale(scale)
         pipe.set_ip_adapter_scale(scale)
@@ -324,6 +333,95 @@ def test_runs_share_a_pass(checkpoint: Checkpoint) -> None:
         np.testing.assert_allclose(run.result().images, one, atol=1e-5)
 
 
+# --- FLUX ---------------------------------------------------------------------------------------------------------------
+
+FLUX = "FluxPipeline"
+
+
+def flux_call(name: str = FLUX, **more: Any) -> dict[str, Any]:
+    return {**CALLS[name], "num_inference_steps": 3, "ip_adapter_image": tiny.picture(4), **more}
+
+
+@pytest.mark.parametrize("scale", [None, 0.4, [0.2, 0.9]], ids=str)
+def test_flux(checkpoint: Checkpoint, scale: Any) -> None:
+    reference, pipe = pair(checkpoint, FLUX, "plain", scale=scale)
+    assert set(pipe.transformer.state_dict()) == set(reference.transformer.state_dict())
+    got = assert_same(reference, pipe, **flux_call(num_images_per_prompt=2))
+    pipe.unload_ip_adapter()
+    call = {k: v for k, v in flux_call(num_images_per_prompt=2).items() if k != "ip_adapter_image"}
+    assert np.abs(got - pipe(**call, generator=seeded(3)).images).max() > 1e-3
+    _, plain = pair(checkpoint, FLUX)
+    assert np.array_equal(pipe(**call, generator=seeded(3)).images, plain(**call, generator=seeded(3)).images)
+
+
+@pytest.mark.parametrize("name", ["FluxImg2ImgPipeline", "FluxControlNetPipeline", "FluxInpaintPipeline"])
+def test_flux_in_other_tasks(checkpoint: Checkpoint, name: str) -> None:
+    assert_same(*pair(checkpoint, name, "plain"), **flux_call(name))
+
+
+@pytest.mark.parametrize("scale", [0.6, [0.2, 0.9], [0.3, [0.1, 0.8]]], ids=str)
+def test_several_adapters_of_flux(checkpoint: Checkpoint, scale: Any) -> None:
+    call = flux_call(ip_adapter_image=[tiny.picture(4), tiny.picture(5)])
+    assert_same(*pair(checkpoint, FLUX, "plain", "plain", scale=scale), **call)
+
+
+@pytest.mark.parametrize("given", ["both", "negative", "positive"])
+def test_flux_with_a_negative_picture(checkpoint: Checkpoint, given: str) -> None:
+    call = flux_call(negative_prompt="blue", true_cfg_scale=3.0, negative_ip_adapter_image=tiny.picture(7))
+    for other, name in (("negative", "ip_adapter_image"), ("positive", "negative_ip_adapter_image")):
+        if given == other:
+            del call[name]
+    assert_same(*pair(checkpoint, FLUX, "plain"), **call)
+
+
+def test_flux_from_a_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The names in published files, and an encoder from a folder of its own."""
+    reference, pipe = pair(checkpoint, FLUX, "plain")
+    expected = pipe(**flux_call(), generator=seeded(1)).images
+    file = adapter_file(checkpoint(FLUX)[1].transformer)
+    tensors = {f"ip_adapter_proj_model.{key}": tensor for key, tensor in file["image_proj"].items()}
+    for key, tensor in file["ip_adapter"].items():
+        number, projection_name, part = key.split(".")
+        name = f"ip_adapter_double_stream_{projection_name[3]}_proj.{part}"
+        tensors[f"double_blocks.{number}.processor.{name}"] = tensor
+    save_file(tensors, tmp_path / "ip.safetensors")
+    reference.image_encoder.save_pretrained(tmp_path / "clip" / "model")
+    fresh = ours(checkpoint(FLUX)[0], checkpoint(FLUX)[1])
+    fresh.load_ip_adapter(tmp_path, "ip.safetensors", "", str(tmp_path / "clip"), "model")
+    assert np.array_equal(fresh(**flux_call(), generator=seeded(1)).images, expected)
+
+
+def test_masks_of_flux(checkpoint: Checkpoint) -> None:
+    """Everywhere is no mask, nowhere is no adapter."""
+    _, pipe = pair(checkpoint, FLUX, "plain")
+    found = []
+    for mask in (torch.ones(1, 1, 32, 32), torch.zeros(1, 1, 32, 32)):
+        call = flux_call(joint_attention_kwargs={"ip_adapter_masks": [mask]})
+        found.append(pipe(**call, generator=seeded(1)).images)
+    np.testing.assert_allclose(found[0], pipe(**flux_call(), generator=seeded(1)).images, atol=1e-5)
+    pipe.set_ip_adapter_scale(0.0)
+    np.testing.assert_allclose(found[1], pipe(**flux_call(), generator=seeded(1)).images, atol=1e-5)
+
+
+def test_flux_compiles_with_an_adapter(checkpoint: Checkpoint) -> None:
+    _, pipe = pair(checkpoint, FLUX, "plain")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(pipe.transformer, fullgraph=True, backend="eager")
+    for scale in (0.5, [0.1, 0.9]):
+        pipe.set_ip_adapter_scale(scale)
+        request = pipe.start(**flux_call(), generator=seeded(1)).requests()[0]
+        inputs = pipe._inputs(request.latents, request.conditioning)
+        options = attention_options(request.conditioning, WHOLE)
+        with torch.no_grad():
+            got, expected = (
+                network(timestep=request.timesteps / 1000, **inputs, joint_attention_kwargs=options, return_dict=False)[0]
+                for network in (compiled, pipe.transformer)
+            )
+        torch.testing.assert_close(got, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 # --- errors -------------------------------------------------------------------------------------------------------------
 
 
@@ -400,6 +498,21 @@ def test_files_that_cannot_work(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="subfolder has 1 values for 2"):
         pipe.load_ip_adapter([file, file])
     assert pipe.unet.encoder_hid_proj is None
+    flux = pair(checkpoint, FLUX)[1]
+    with pytest.raises(sfumato.WeightsError, match="another network"):
+        flux.load_ip_adapter(file)
+    flux.load_ip_adapter(adapter_file(checkpoint(FLUX)[1].transformer))
+    with pytest.raises(ValueError, match="3 values for 2 joint blocks"):
+        flux.set_ip_adapter_scale([0.1, 0.2, 0.3])
+    with pytest.raises(ValueError, match="no picture for it"):
+        flux(**CALLS[FLUX])
+    with pytest.raises(sfumato.ConfigError, match="unload_ip_adapter"):
+        flux.save_pretrained(tmp_path)
+    third = ours(*checkpoint("StableDiffusion3Pipeline"))
+    with pytest.raises(ValueError, match="takes no picture prompts"):
+        third.load_ip_adapter(file)
+    with pytest.raises(ValueError, match="no IP-Adapter is loaded"):
+        third(**CALLS["StableDiffusion3Pipeline"], ip_adapter_image=tiny.picture())
     folder, reference = checkpoint("StableDiffusionImageVariationPipeline")
     with pytest.raises(ValueError, match="takes no picture prompts"):
         ours(folder, reference).load_ip_adapter(file)

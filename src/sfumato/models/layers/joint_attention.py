@@ -85,6 +85,7 @@ class JointAttention(nn.Module):
         self.to_out = nn.Sequential(Linear(inner, dim)) if out else nn.Identity()
         self.norm_q, self.norm_k = (RMSNorm(dim_head, 1e-6) if qk_norm else None for _ in range(2))
         self.to_add_out: nn.Module | None = None
+        self.processor: nn.Module | None = None  # attention to picture prompts, while an IP-Adapter is loaded
         if text:
             self.add_q_proj, self.add_k_proj, self.add_v_proj = Linear(dim, inner), Linear(dim, inner), Linear(dim, inner)
             self.norm_added_q, self.norm_added_k = (RMSNorm(dim_head, 1e-6) if qk_norm else None for _ in range(2))
@@ -103,6 +104,12 @@ class JointAttention(nn.Module):
         query = torch.cat([self._heads(text, self.add_q_proj, self.norm_added_q), query], dim=1)
         from_text, from_image = self._attend(query, key, value, joint).split([text.shape[1], x.shape[1]], dim=1)
         return self.to_out(from_image), self.to_add_out(from_text)
+
+    def picture_prompts(self, x: torch.Tensor, joint: Joint) -> torch.Tensor | None:
+        """What the picture prompts of IP-Adapters add to image tokens (B, N, C); ``None`` without any."""
+        if self.processor is None or not joint.options.image_tokens:
+            return None
+        return self.processor(self._heads(x, self.to_q, self.norm_q).flatten(2), self.heads, joint.options, joint.size)
 
     def _heads(self, x: torch.Tensor, projection: nn.Module, norm: nn.Module | None = None) -> torch.Tensor:
         """``(B, N, C)`` -> ``(B, N, heads, D)``."""
@@ -171,12 +178,15 @@ class JointBlock(nn.Module):
             if self.ff_context is None:  # such a block has them the other way round
                 text_shift, text_scale = text_scale, text_shift
             text_in = modulated(text, text_shift, text_scale)
-        out, text_out = self.attn(modulated(x, shift, scale), text_in, joint)
+        image_in = modulated(x, shift, scale)
+        prompted = self.attn.picture_prompts(image_in, joint)
+        out, text_out = self.attn(image_in, text_in, joint)
         mixed = add_gated(x, gate, out)
         if self.attn2 is not None:
             shift, scale, gate = rest[3:]
             mixed = add_gated(mixed, gate, self.attn2(modulated(x, shift, scale), None, joint)[0])
         x = _fed(mixed, self.ff, *rest[:3])
+        x = x if prompted is None else x + prompted
         if self.ff_context is None or text is None or text_out is None:
             return x, None
         text = add_gated(text, text_rest[0], text_out)

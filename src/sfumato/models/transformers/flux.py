@@ -12,6 +12,7 @@ from ...errors import ConfigError, check_shape
 from ..base import ModelMixin
 from ..layers.compute import GELULinear, Linear
 from ..layers.embeddings import TimeTextEmbedding, time_tensor
+from ..layers.image_prompt import refuse_image_prompts
 from ..layers.joint_attention import Joint, JointAttention, JointBlock, regions_within
 from ..layers.modulation import Modulation, add_gated, modulated, within_float16
 from ..layers.options import AttentionOptions, read_options
@@ -95,7 +96,8 @@ class FluxBase(ModelMixin):
 
 
 def _needs_size(options: AttentionOptions) -> bool:
-    return options.regions is not None or (options.perturbation is not None and options.perturbation.kind == "blur")
+    blurs = options.perturbation is not None and options.perturbation.kind == "blur"
+    return blurs or options.regions is not None or bool(options.image_masks)
 
 
 def _grid_size(ids: torch.Tensor) -> tuple[int, int]:
@@ -132,8 +134,14 @@ class FluxTransformer2DModel(FluxBase):
     ) -> None:  # fmt: skip
         super().__init__()
         self._build()
+        self.encoder_hid_proj: nn.Module | None = None  # of picture prompts, while an IP-Adapter is loaded
         self.norm_out = Modulation(self.inner_dim, 2)
         self.proj_out = Linear(self.inner_dim, patch_size * patch_size * (out_channels or in_channels))
+
+    @classmethod
+    def downgrade_state_dict(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        refuse_image_prompts(tensors)
+        return tensors
 
     def forward(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,

@@ -11,6 +11,7 @@ import torch
 from ...errors import ConfigError, check_choice
 from ..layers.compute import Conv2d, pixels_last
 from ..layers.embeddings import ImageTimeEmbedding
+from ..layers.image_prompt import refuse_image_prompts
 from ..layers.options import AttentionOptions, read_options
 from .base import UNet2DConditionOutput, shared_options
 from .blocks import Level, spread
@@ -100,8 +101,7 @@ class UNet2DConditionModel(ConditionedUNet):
 
     @classmethod
     def downgrade_state_dict(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if any(".processor." in key for key in tensors):
-            raise ConfigError("an IP-Adapter is loaded in this network: save it after `pipe.unload_ip_adapter()`")
+        refuse_image_prompts(tensors)
         return tensors
 
     def forward(
