@@ -93,8 +93,6 @@ class Flux(FluxPicturePrompts):
         if (given := self.given_guidance(run, "true_cfg_scale", "guidance_rescale")) is not None:
             return given
         args = run.args
-        if args.guidance is not None:
-            return args.guidance
         guided = args.true_cfg_scale > 1 and (args.negative_prompt is not None or args.negative_prompt_embeds is not None)
         return ClassifierFreeGuidance(args.true_cfg_scale, guidance_rescale=args.guidance_rescale) if guided else Guidance()
 

@@ -30,6 +30,8 @@ class StableDiffusionPAGInpaintPipeline(
 ):
     """Paints a masked region anew."""
 
+    adopts = StableDiffusion.adopts  # here the reference's constructor changes what it does for pictures from text
+
 
 class StableDiffusionControlNetPAGPipeline(
     PerturbedAttention, StableDiffusion, task=Task(), adapters=(ControlNet("image"),), later=f"guidance_rescale {CALLBACKS}"
