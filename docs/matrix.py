@@ -56,8 +56,9 @@ def page() -> str:
         "",
         "Written by `python docs/matrix.py` from the registry; `tests/test_matrix.py` runs every class that stands here.",
         "",
-        "Every class takes `guidance=` (see [guidance.md](guidance.md)), `regions=` (prompts for parts of the picture), own sigmas,",
-        'prompt weights (`prompt_syntax="weighted"`) and, in Stable Diffusion and SDXL, IP-Adapters (`pipe.load_ip_adapter`).',
+        "Every class takes `guidance=` (see [guidance.md](guidance.md)), `regions=` (prompts for parts of the picture),",
+        'own sigmas, prompt weights (`prompt_syntax="weighted"`) and, but for Stable Diffusion 3, IP-Adapters',
+        "(`pipe.load_ip_adapter`).",
         "Denoisers that edit by instruction have a guidance of their own and refuse another.",
         "",
     ]

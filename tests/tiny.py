@@ -197,7 +197,8 @@ def _stable_diffusion_xl(name: str, folder: Path) -> Any:
     words, refiner = tokenizer(folder.parent / f"{folder.name}-tokenizer"), name == "refiner"
     scored = "Img2Img" in name or "Inpaint" in name or refiner
     denoiser = unet(
-        in_channels={"xl inpaint9": 9, "StableDiffusionXLInstructPix2PixPipeline": 8}.get(name, 4), attention_head_dim=(2, 4), use_linear_projection=True,
+        in_channels={"xl inpaint9": 9, "StableDiffusionXLInstructPix2PixPipeline": 8}.get(name, 4),
+        attention_head_dim=(2, 4), use_linear_projection=True,
         addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=(1, 2),
         projection_class_embeddings_input_dim=(5 if refiner else 6) * 8 + 32, cross_attention_dim=32 if refiner else 64,
     )  # fmt: skip

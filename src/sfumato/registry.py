@@ -47,7 +47,9 @@ _MODULES: dict[str, str] = {
     "schedulers.score_sde": "KarrasVeScheduler ScoreSdeVeScheduler ScoreSdeVpScheduler KarrasVeOutput SdeVeOutput",
     "schedulers.tokens": "VQDiffusionScheduler AmusedScheduler",
     "media.processor": "VaeImageProcessor IPAdapterMaskProcessor",
+    "media.image": "outpaint",
     "pipelines.base": "DiffusionPipeline",
+    "pipelines.upscale": "upscale_by_tiles",
     "pipelines.auto": "AutoPipelineForText2Image AutoPipelineForImage2Image AutoPipelineForInpainting",
     "pipelines.guidance": "Guidance NoGuidance ClassifierFreeGuidance EditGuidance",
     "pipelines.guiders": "ClassifierFreeZeroStarGuidance AdaptiveProjectedGuidance TangentialClassifierFreeGuidance AutoGuidance"

@@ -39,9 +39,9 @@ class StableDiffusion(UNetFamily):
     adopts: ClassVar[dict[str, Any]] = {"steps_offset": 1, "clip_sample": False}
     order = (
         "prompt image depth_map mask_image control_image masked_image_latents height width padding_mask_crop strength "
-        "num_inference_steps timesteps sigmas guidance_scale negative_prompt num_images_per_prompt eta generator latents prompt_embeds "
-        "negative_prompt_embeds ip_adapter_image ip_adapter_image_embeds output_type return_dict callback callback_steps "
-        "cross_attention_kwargs guidance_rescale controlnet_conditioning_scale guess_mode control_guidance_start "
+        "num_inference_steps timesteps sigmas guidance_scale negative_prompt num_images_per_prompt eta generator latents "
+        "prompt_embeds negative_prompt_embeds ip_adapter_image ip_adapter_image_embeds output_type return_dict callback "
+        "callback_steps cross_attention_kwargs guidance_rescale controlnet_conditioning_scale guess_mode control_guidance_start "
         "control_guidance_end adapter_conditioning_scale clip_skip callback_on_step_end callback_on_step_end_tensor_inputs "
         "pag_scale pag_adaptive_scale"
     )

@@ -169,6 +169,34 @@ def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize:
     return grid
 
 
+def outpaint(
+    image: Image.Image, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0, overlap: int = 16
+) -> tuple[Image.Image, Image.Image]:
+    """Prepares a picture to be continued beyond its edges by any inpainting pipeline.
+
+    Args:
+        image: The picture.
+        left, top, right, bottom: Pixels to add at each edge.
+        overlap: How far the painting reaches into the picture at the edges that are continued, so that no seam shows.
+
+    Returns:
+        The larger picture, its edges drawn out, and the mask, white where to paint: ``image`` and ``mask_image`` of the call.
+
+    Raises:
+        ValueError: Nothing is added, or something is negative.
+    """
+    added = (left, top, right, bottom)
+    if min(*added, overlap) < 0 or not any(added):
+        raise ValueError(f"left, top, right, bottom={added}, overlap={overlap}: add pixels at one edge or more, none negative")
+    pixels = np.asarray(opaque(image))
+    height, width = pixels.shape[:2]
+    canvas = np.pad(pixels, ((top, bottom), (left, right), (0, 0)), mode="edge")
+    mask = np.full(canvas.shape[:2], 255, np.uint8)
+    inner = [edge + overlap * (edge > 0) for edge in added]  # a continued edge gives way
+    mask[inner[1] : top + height - overlap * (bottom > 0), inner[0] : left + width - overlap * (right > 0)] = 0
+    return Image.fromarray(canvas), Image.fromarray(mask)
+
+
 def save_image(image: Image.Image, path: str | Path, recipe: dict[str, Any] | None = None) -> None:
     """Writes a picture so that an interruption leaves the old file whole.
 

@@ -104,7 +104,7 @@ def _flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: tor
     from torch.nn.attention.flex_attention import flex_attention
 
     if mask is None:
-        return flex_attention(query, key, value)  # type: ignore[return-value]
+        return flex_attention(query, key, value)
     wide = mask.expand(*query.shape[:3], key.shape[2])
 
     def masked(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ def _flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: tor
             return torch.where(wide[b, h, i, j], score, float("-inf"))
         return score + wide[b, h, i, j]
 
-    return flex_attention(query, key, value, score_mod=masked)  # type: ignore[return-value]
+    return flex_attention(query, key, value, score_mod=masked)
 
 
 BACKENDS: dict[str, Backend] = {
@@ -150,6 +150,7 @@ def find_backend(name: str) -> Backend:
 def set_backend(network: nn.Module, name: str) -> None:
     """Lets a backend compute all attention of a network; ``"native"`` undoes it."""
     find_backend(name)
+    layer: Any
     for layer in network.modules():
         if hasattr(type(layer), "attention_backend"):
             layer.attention_backend = name

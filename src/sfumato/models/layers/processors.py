@@ -33,7 +33,7 @@ class Processable:
 
     heads: int
     custom_processor: Processor | None = None
-    spatial_norm: ClassVar[None] = None  # layers of this library have none of these
+    spatial_norm: Any = None
     norm_q: ClassVar[None] = None
     norm_k: ClassVar[None] = None
 
