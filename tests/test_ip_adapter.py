@@ -178,6 +178,11 @@ def test_embeddings_instead_of_pictures(checkpoint: Checkpoint) -> None:
     assert np.array_equal(got, pipe(**call, ip_adapter_image=pictures, generator=seeded(3)).images)
 
 
+def test_prompts_share_a_picture(checkpoint: Checkpoint) -> None:
+    call = call_of(TEXT, prompt=["a red cat", "blue apple"], negative_prompt=["blue", "cat"], num_images_per_prompt=2)
+    assert_same(*pair(checkpoint, TEXT, "plain"), **call)
+
+
 def test_a_picture_for_each_prompt(checkpoint: Checkpoint) -> None:
     """Each prompt's picture is the one that it makes alone."""
     _, pipe = pair(checkpoint, TEXT, "plain")
