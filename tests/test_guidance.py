@@ -111,7 +111,7 @@ def test_same_steps_guided_as_the_references(stretch: tuple[float, float]) -> No
         assert len(mine.passes(at(step))) == theirs.num_conditions
 
 
-@pytest.mark.parametrize("name", [*{name for name, _ in BRANCHED.values()}, *WEAK])
+@pytest.mark.parametrize("name", sorted({*(name for name, _ in BRANCHED.values()), *WEAK}))
 def test_a_guidance_takes_the_references_arguments(name: str) -> None:
     import inspect
 
