@@ -25,7 +25,7 @@ from typing import Any
 from .measure import Row, alternate, ours_of, seconds
 from .schedulers import case_schedulers
 from .training import case_training
-from .transformers import case_transformers
+from .transformers import case_sdxl, case_transformers
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 LIBRARIES = ("diffusers", "sfumato")
@@ -224,7 +224,7 @@ def case_call(runs: int) -> Iterator[Row]:
 
 CASES: dict[str, Callable[[int], Iterator[Row]]] = {
     "import": case_import, "load": case_load, "unet": case_unet, "vae": case_vae, "step": case_step, "call": case_call,
-    "transformers": case_transformers, "training": case_training, "schedulers": case_schedulers,
+    "sdxl": case_sdxl, "transformers": case_transformers, "training": case_training, "schedulers": case_schedulers,
 }  # fmt: skip
 
 

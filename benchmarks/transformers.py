@@ -1,8 +1,8 @@
-"""The transformers of Stable Diffusion 3.5 large and FLUX.1 dev at full width, few blocks, beside the reference."""
+"""The denoisers of SDXL, Stable Diffusion 3.5 large and FLUX.1 dev at full width, few blocks, beside the reference."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -50,9 +50,31 @@ def flux_dev(dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, torch.Tensor
     return networks, {**{key: value.to(dtype) for key, value in tensors.items()}, **others}
 
 
+def sdxl_unet(dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The finest and the coarsest stage and the middle of SDXL's U-Net, and arguments: 512 pixels, batch 2 (guidance)."""
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    widths = {"block_out_channels": (320, 1280), "attention_head_dim": (5, 20), "transformer_layers_per_block": (1, 10)}
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}
+    config = {"cross_attention_dim": 2048, "use_linear_projection": True, "layers_per_block": 2}
+    networks = pair("UNet2DConditionModel", dtype, **blocks, **widths, **added, **config)
+    tensors = {"sample": torch.randn(2, 4, 64, 64), "encoder_hidden_states": torch.randn(2, 77, 2048)}
+    sizes = {"text_embeds": torch.randn(2, 1280).to(dtype), "time_ids": torch.rand(2, 6).to(dtype)}
+    return networks, {**{k: v.to(dtype) for k, v in tensors.items()}, "timestep": torch.tensor(500), "added_cond_kwargs": sizes}
+
+
+def case_sdxl(runs: int) -> Iterator[Row]:
+    """One forward of SDXL's U-Net, its finest and coarsest stage and middle at full width, 512 pixels, batch 2."""
+    yield from forwards((("SDXL U-Net", sdxl_unet),), runs)
+
+
 def case_transformers(runs: int) -> Iterator[Row]:
     """One forward of SD 3.5 large (2 blocks) and FLUX.1 dev (2 joint, 4 single blocks) at full width, 512 pixels, batch 1."""
-    for name, make in (("SD 3.5 large", sd35_large), ("FLUX.1 dev", flux_dev)):
+    yield from forwards((("SD 3.5 large", sd35_large), ("FLUX.1 dev", flux_dev)), runs)
+
+
+def forwards(cases: Iterable[tuple[str, Any]], runs: int) -> Iterator[Row]:
+    """Time, turn by turn, and memory of a forward, in float32 and in bfloat16."""
+    for name, make in cases:
         for dtype in (torch.float32, torch.bfloat16):
             networks, arguments = make(dtype)
 

@@ -19,7 +19,8 @@ from test_run import assert_equal, snapshot
 import sfumato
 from sfumato import registry
 
-PIPELINES = [name for name, module in registry.PUBLIC.items() if module.startswith("families.")]
+PIPELINES = [cls.__name__ for cls in registry.pipelines() if hasattr(cls, "call_signature")]
+"""All that run the denoising loop."""
 WALKED = [name for name in PIPELINES if registry.load(name).family in ("Stable Diffusion", "unconditional")]
 WALKED = [name for name in WALKED if not registry.load(name).adapters and "PAG" not in name] + ["StableDiffusionXLPipeline"]
 """Pipelines that meet every scheduler; what adapters and guidance add does not depend on it."""

@@ -45,3 +45,16 @@ class StableDiffusionPipelineOutput(BaseOutput):
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
     nsfw_content_detected: list[bool] | None
+
+
+@dataclass
+class FluxPriorReduxPipelineOutput(BaseOutput):
+    """What a FLUX.1 pipeline takes instead of a prompt.
+
+    Attributes:
+        prompt_embeds: Text and picture tokens (1, N, D).
+        pooled_prompt_embeds: Pooled text (1, P).
+    """
+
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor

@@ -10,7 +10,7 @@ from .errors import did_you_mean
 _MODULES: dict[str, str] = {
     "config": "ConfigMixin FrozenConfig",
     "errors": "SfumatoError ConfigError WeightsError HubError",
-    "outputs": "BaseOutput ImagePipelineOutput StableDiffusionPipelineOutput",
+    "outputs": "BaseOutput ImagePipelineOutput StableDiffusionPipelineOutput FluxPriorReduxPipelineOutput",
     "models.base": "ModelMixin",
     "models.unets.unet_2d": "UNet2DModel",
     "models.unets.unet_2d_condition": "UNet2DConditionModel",
@@ -79,6 +79,7 @@ _MODULES: dict[str, str] = {
     " StableDiffusionControlNetPAGPipeline StableDiffusionControlNetPAGInpaintPipeline StableDiffusionXLPAGPipeline"
     " StableDiffusionXLPAGImg2ImgPipeline StableDiffusionXLPAGInpaintPipeline StableDiffusionXLControlNetPAGPipeline"
     " StableDiffusionXLControlNetPAGImg2ImgPipeline StableDiffusion3PAGPipeline StableDiffusion3PAGImg2ImgPipeline",
+    "families.flux_redux": "FluxPriorReduxPipeline",
     "families.latent_upscaler": "StableDiffusionLatentUpscalePipeline",
     "families.unconditional": "DDPMPipeline DDIMPipeline LDMSuperResolutionPipeline",
 }
