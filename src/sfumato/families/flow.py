@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..pipelines.checks import check_pooled, check_prompts, check_width
 from ..pipelines.ip_adapter import PicturePrompts
 from ..pipelines.run import Run, accepted
 
@@ -24,6 +25,14 @@ class FlowFamily(PicturePrompts):
     @property
     def size_multiple(self) -> int:
         return self.latent_format.factor * 2  # latents are taken in patches of 2 x 2
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        check_prompts(run.args)
+        check_pooled(run.args)
+        config = self.transformer.config
+        check_width(run.args, ("prompt_embeds", "negative_prompt_embeds"), config.joint_attention_dim)
+        check_width(run.args, ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), config.pooled_projection_dim)
 
     def schedule_options(self, run: Run, given: dict[str, Any]) -> dict[str, Any]:
         takes = accepted(type(run.scheduler).set_timesteps)

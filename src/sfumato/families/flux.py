@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ..media.processor import VaeImageProcessor
 from ..models.several import Several
 from ..pipelines.adapters import Control
-from ..pipelines.checks import as_list, check_pooled, check_prompts, check_width, negative_texts
+from ..pipelines.checks import as_list, negative_texts
 from ..pipelines.conditioning import Conditioning, numbered
 from ..pipelines.guidance import WHOLE, ClassifierFreeGuidance, Guidance, Weakening
 from ..pipelines.image import attention_options, network_of, region_options
@@ -80,14 +80,6 @@ class Flux(FluxPicturePrompts):
         return squares.reshape(batch, channels // 4, height, width)
 
     # --- predictions ------------------------------------------------------------------------------------------------
-
-    def check(self, run: Run) -> None:
-        super().check(run)
-        check_prompts(run.args)
-        check_pooled(run.args)
-        config = self.transformer.config
-        check_width(run.args, ("prompt_embeds", "negative_prompt_embeds"), config.joint_attention_dim)
-        check_width(run.args, ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), config.pooled_projection_dim)
 
     def choose_guidance(self, run: Run) -> Guidance:
         if (given := self.given_guidance(run, "true_cfg_scale", "guidance_rescale")) is not None:
@@ -182,10 +174,7 @@ class Flux(FluxPicturePrompts):
             pooled_prompt_embeds = encode_clip(self.tokenizer, self.text_encoder, texts, None, prompt_syntax)[1]
             second = texts if prompt_2 is None else as_list(prompt_2)
             prompt_embeds = encode_t5(self.tokenizer_2, self.text_encoder_2, second, max_sequence_length, prompt_syntax)
-        states, pooled = (
-            x.to(device or self.device, self.compute_dtype).repeat_interleave(num_images_per_prompt, dim=0)
-            for x in (prompt_embeds, pooled_prompt_embeds)
-        )
+        states, pooled = self.placed((prompt_embeds, pooled_prompt_embeds), device, num_images_per_prompt)
         return states, pooled, states.new_zeros(states.shape[1], 3)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..pipelines.adapters import Control
-from ..pipelines.checks import as_list, check_pooled, check_prompts, check_width, negative_texts
+from ..pipelines.checks import as_list, negative_texts
 from ..pipelines.conditioning import Conditioning, numbered
 from ..pipelines.guidance import WHOLE, Weakening
 from ..pipelines.image import attention_options, network_of, region_options
@@ -54,14 +54,6 @@ class StableDiffusion3(FlowFamily):
         "pooled_prompt_embeds": conditioned("pooled_projections"),
         "negative_pooled_prompt_embeds": conditioned("pooled_projections"),
     }
-
-    def check(self, run: Run) -> None:
-        super().check(run)
-        check_prompts(run.args)
-        check_pooled(run.args)
-        config = self.transformer.config
-        check_width(run.args, ("prompt_embeds", "negative_prompt_embeds"), config.joint_attention_dim)
-        check_width(run.args, ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), config.pooled_projection_dim)
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, weakening: Weakening = WHOLE) -> torch.Tensor:
         inputs = {k: conditioning[k] for k in ("encoder_hidden_states", "pooled_projections")}
@@ -168,10 +160,6 @@ class StableDiffusion3(FlowFamily):
             if first and negative.shape[1] > prompt_embeds.shape[1]:
                 prompt_embeds = encode(texts, clip_skip, negative.shape[1] - max_sequence_length)[0]
 
-        def place(x: Embeds) -> Any:
-            ready = None if x is None else x.to(device or self.device, self.compute_dtype)
-            return ready if ready is None else ready.repeat_interleave(num_images_per_prompt, dim=0)
-
         if not do_classifier_free_guidance:
             negative = negative_pooled = None
-        return place(prompt_embeds), place(negative), place(pooled_prompt_embeds), place(negative_pooled)
+        return self.placed((prompt_embeds, negative, pooled_prompt_embeds, negative_pooled), device, num_images_per_prompt)

@@ -173,13 +173,9 @@ class StableDiffusionXL(UNetFamily):
                 if negative.shape[1] > prompt_embeds.shape[1]:
                     prompt_embeds = encode(negative.shape[1])[0]
 
-        def place(x: Embeds) -> Any:
-            ready = None if x is None else x.to(device or self.device, self.compute_dtype)
-            return ready if ready is None else ready.repeat_interleave(num_images_per_prompt, dim=0)
-
         if not do_classifier_free_guidance:
             negative = negative_pooled = None
-        return place(prompt_embeds), place(negative), place(pooled_prompt_embeds), place(negative_pooled)
+        return self.placed((prompt_embeds, negative, pooled_prompt_embeds, negative_pooled), device, num_images_per_prompt)
 
 
 def check_ids(config: Any, count: int, pooled: int) -> None:

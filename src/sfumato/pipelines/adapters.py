@@ -41,6 +41,7 @@ class Adapter:
     name: str = "none"
     arguments: str = ""
     component: str = ""
+    image: str = ""  # the argument that holds its picture
 
     def adopt(self, network: Any) -> Any:
         """The component that stands for what a caller gave: one network for a list of them."""
@@ -51,7 +52,16 @@ class Adapter:
 
     def size(self, run: Run) -> tuple[int, int] | None:
         """Height and width of the result that its picture suggests, where the caller gives none."""
-        return None
+        if self.image != "image":
+            return None
+        first = run.args.image
+        while isinstance(first, (list, tuple)):
+            first = first[0]
+        return self.processor(run).get_default_height_width(first)
+
+    def processor(self, run: Run) -> VaeImageProcessor:
+        """What turns a picture into the tensor that the network reads."""
+        raise NotImplementedError
 
     def prepare(self, run: Run) -> ActiveAdapter:
         """Sets the adapter up for a run whose conditioning and schedule are known."""
@@ -158,14 +168,6 @@ class ControlNet(Adapter):
         """What turns a picture into the tensor (1, 3, H, W) that the networks read."""
         return VaeImageProcessor(vae_scale_factor=run.pipe.vae_scale_factor, do_convert_rgb=True, do_normalize=False)
 
-    def size(self, run: Run) -> tuple[int, int] | None:
-        if self.image != "image":
-            return None
-        first = run.args.image
-        while isinstance(first, (list, tuple)):
-            first = first[0]
-        return self.processor(run).get_default_height_width(first)
-
     def prepare(self, run: Run) -> Controls:
         args, networks = run.args, self.networks(run)
         count = len(networks)
@@ -265,23 +267,16 @@ class T2I(Adapter):
         if getattr(run.args, self.image) is None:
             raise ValueError(f"{self.image}=None: a T2I-Adapter needs its picture; pass one")
 
-    def _processor(self, run: Run, network: Any) -> VaeImageProcessor:
+    def processor(self, run: Run) -> VaeImageProcessor:
+        network = run.pipe.adapter
         grey = (network.members[0] if isinstance(network, Several) else network).config.in_channels == 1
         colours: dict[str, Any] = {"do_convert_grayscale": True} if grey else {"do_convert_rgb": True}
         return VaeImageProcessor(vae_scale_factor=network.downscale_factor, do_normalize=False, **colours)
 
-    def size(self, run: Run) -> tuple[int, int] | None:
-        if self.image != "image":
-            return None
-        first = run.args.image
-        while isinstance(first, (list, tuple)):
-            first = first[0]
-        return self._processor(run, run.pipe.adapter).get_default_height_width(first)
-
     def prepare(self, run: Run) -> Features:
         args, network = run.args, run.pipe.adapter
         height, width = run.task.size(run)
-        processor, given, weight = self._processor(run, network), getattr(args, self.image), args.adapter_conditioning_scale
+        processor, given, weight = self.processor(run), getattr(args, self.image), args.adapter_conditioning_scale
 
         def read(image: Any) -> torch.Tensor:
             return processor.preprocess(image, height=height, width=width).to(run.device, network.dtype)

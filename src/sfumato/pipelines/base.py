@@ -62,15 +62,9 @@ class DiffusionPipeline:
     callback_tensors: ClassVar[Mapping[str, Named]] = {}
 
     def __init_subclass__(
-        cls,
-        task: Task | None = None,
-        adapters: tuple[Adapter, ...] = (),
-        call: str | None = None,
-        later: str = "",
-        extra: str = "",
-        defaults: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+        cls, task: Task | None = None, adapters: tuple[Adapter, ...] = (), call: str | None = None, later: str = "",
+        extra: str = "", defaults: Mapping[str, Any] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init_subclass__(**kwargs)
         if task is not None:
             cls.task, cls.adapters = task, adapters
@@ -167,21 +161,11 @@ class DiffusionPipeline:
 
     @classmethod
     def from_pretrained(
-        cls: type[_P],
-        pretrained_model_name_or_path: PathLike,
-        *,
-        variant: str | None = None,
-        dtype: Any = None,
-        torch_dtype: Any = None,
-        device_map: Any = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: PathLike | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        use_safetensors: bool = True,
-        **components: Any,
-    ) -> _P:
+        cls: type[_P], pretrained_model_name_or_path: PathLike, *, variant: str | None = None, dtype: Any = None,
+        torch_dtype: Any = None, device_map: Any = None, revision: str | None = None, token: str | bool | None = None,
+        cache_dir: PathLike | None = None, local_files_only: bool = False, force_download: bool = False,
+        use_safetensors: bool = True, **components: Any,
+    ) -> _P:  # fmt: skip
         """Loads a pipeline from a folder or a hub repository, written by this library or by the reference.
 
         Called on :class:`DiffusionPipeline` it returns the class that the repository names; called on a class it returns that
@@ -234,13 +218,9 @@ class DiffusionPipeline:
         return pipe
 
     def save_pretrained(
-        self,
-        save_directory: PathLike,
-        *,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
+        self, save_directory: PathLike, *, variant: str | None = None, max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Writes every component into its folder, and ``model_index.json``; the reference loads the result.
 
         A failure or an interruption while the files are written leaves an older pipeline in the folder as it was.

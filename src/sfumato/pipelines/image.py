@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -143,6 +143,11 @@ class ImagePipeline(DiffusionPipeline):
         Each tensor has one row per picture.
         """
         raise NotImplementedError
+
+    def placed(self, found: Sequence[torch.Tensor | None], device: torch.device | None, each: int) -> Any:
+        """Embeddings with a row for each prompt -> with ``each`` rows for it, ready for the denoiser."""
+        ready = (None if x is None else x.to(device or self.device, self.compute_dtype) for x in found)
+        return tuple(None if x is None else x.repeat_interleave(each, dim=0) for x in ready)
 
     def add_regions(self, run: Run, prompts: dict[str, dict[str, torch.Tensor]], encode: Callable[[str], torch.Tensor]) -> None:
         """Adds the prompts of regions to encoded ones; ``encode`` gives the tokens (1, N, D) of one.
