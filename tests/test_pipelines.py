@@ -200,7 +200,7 @@ def test_what_we_save_the_reference_loads(checkpoint: Checkpoint, name: str, tmp
     with torch.no_grad():
         first, second = (pipe(**CALLS[name], generator=seeded(0)).images for pipe in (reference, again))
     # the reference draws SD3's control pictures from the global generator
-    assert np.abs(first - second).max() <= (1e-6 if "3ControlNet" in name else 0)
+    assert np.abs(first - second).max() <= (1e-5 if "3ControlNet" in name else 0)
 
 
 VARIED = {

@@ -74,7 +74,7 @@ def pipe(checkpoint: Callable[[str], tuple[Path, Any]]) -> Any:
 
 def encode(pipe: Any, *prompts: str, **options: Any) -> torch.Tensor:
     with torch.no_grad():
-        return encode_clip(pipe.tokenizer, pipe.text_encoder, list(prompts), **options)
+        return encode_clip(pipe.tokenizer, pipe.text_encoder, list(prompts), **options)[0]
 
 
 def test_short_unweighted_prompt_encodes_the_same_in_both_syntaxes(pipe: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -95,6 +97,8 @@ class Attention(nn.Module, Processable):
             self.add_k_proj = Linear(added_kv_proj_dim, inner)
             self.add_v_proj = Linear(added_kv_proj_dim, inner)
         self.to_out = nn.Sequential(Linear(inner, query_dim), nn.Identity())
+        self.spatial_norm: Any = None
+        self.norm_q = self.norm_k = None  # callers' processors ask for these
         self.processor: nn.Module | None = None  # attention to picture prompts, while an IP-Adapter is loaded
 
     def forward(

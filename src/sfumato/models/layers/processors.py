@@ -7,7 +7,7 @@ projections and the methods here. It stands in place of the layer's own computat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,9 +33,6 @@ class Processable:
 
     heads: int
     custom_processor: Processor | None = None
-    spatial_norm: Any = None
-    norm_q: ClassVar[None] = None
-    norm_k: ClassVar[None] = None
 
     def get_processor(self) -> Processor:
         """The processor in place."""
