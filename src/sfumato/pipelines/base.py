@@ -152,7 +152,7 @@ class DiffusionPipeline:
         return self
 
     def set_attention_backend(self, backend: str) -> None:
-        """Lets a backend compute the attention of every network of this library; see ``ModelMixin.set_attention_backend``."""
+        """Lets a backend compute the attention of every network but CLIP's; see ``ModelMixin.set_attention_backend``."""
         for module in self.modules().values():
             if isinstance(module, ModelMixin):
                 module.set_attention_backend(backend)

@@ -75,9 +75,11 @@ def set_processors(network: nn.Module, given: Processor | Mapping[str, Processor
     """Puts one processor in all attention layers of a network, or those of a mapping as :func:`processors` returns it.
 
     Raises:
-        ValueError: The mapping does not name just the attention layers of the network.
+        ValueError: The network's attention takes none, or the mapping does not name just its layers.
     """
     layers = {f"{n}.processor": layer for n, layer in network.named_modules() if isinstance(layer, Processable)}
+    if not layers:
+        raise ValueError(f"the attention of {type(network).__name__} takes no processors: that of U-Nets and autoencoders does")
     if not isinstance(given, Mapping):
         given = dict.fromkeys(layers, given)
     for name in given.keys() - layers.keys():
