@@ -51,19 +51,19 @@ def flux_dev(dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, torch.Tensor
 
 
 def sdxl_unet(dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The finest and the coarsest stage and the middle of SDXL's U-Net, and arguments: 512 pixels, batch 2 (guidance)."""
+    """The finest and the coarsest stage and the middle of SDXL's U-Net, shallow, and arguments: 512 pixels, batch 1."""
     blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-    widths = {"block_out_channels": (320, 1280), "attention_head_dim": (5, 20), "transformer_layers_per_block": (1, 10)}
+    widths = {"block_out_channels": (320, 1280), "attention_head_dim": (5, 20), "transformer_layers_per_block": (1, 2)}
     added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}
-    config = {"cross_attention_dim": 2048, "use_linear_projection": True, "layers_per_block": 2}
+    config = {"cross_attention_dim": 2048, "use_linear_projection": True, "layers_per_block": 1}
     networks = pair("UNet2DConditionModel", dtype, **blocks, **widths, **added, **config)
-    tensors = {"sample": torch.randn(2, 4, 64, 64), "encoder_hidden_states": torch.randn(2, 77, 2048)}
-    sizes = {"text_embeds": torch.randn(2, 1280).to(dtype), "time_ids": torch.rand(2, 6).to(dtype)}
+    tensors = {"sample": torch.randn(1, 4, 64, 64), "encoder_hidden_states": torch.randn(1, 77, 2048)}
+    sizes = {"text_embeds": torch.randn(1, 1280).to(dtype), "time_ids": torch.rand(1, 6).to(dtype)}
     return networks, {**{k: v.to(dtype) for k, v in tensors.items()}, "timestep": torch.tensor(500), "added_cond_kwargs": sizes}
 
 
 def case_sdxl(runs: int) -> Iterator[Row]:
-    """One forward of SDXL's U-Net, its finest and coarsest stage and middle at full width, 512 pixels, batch 2."""
+    """One forward of SDXL's U-Net, its finest and coarsest stage and middle at full width, few layers, 512 pixels, batch 1."""
     yield from forwards((("SDXL U-Net", sdxl_unet),), runs)
 
 
