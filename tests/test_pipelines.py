@@ -392,3 +392,41 @@ def test_tuple_output(checkpoint: Checkpoint) -> None:
     folder, reference = checkpoint("StableDiffusionPipeline")
     images, flags = ours(folder, reference)(**TEXT, return_dict=False)
     assert images.shape == (1, 32, 32, 3) and flags is None
+
+
+CALLED_BACK = (
+    "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline", "StableDiffusionXLControlNetPipeline",
+    "StableDiffusion3Pipeline", "FluxPipeline", "FluxImg2ImgPipeline", "FluxKontextPipeline",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLED_BACK)
+def test_callbacks_change_latents_and_prompts_as_in_the_reference(checkpoint: Checkpoint, name: str) -> None:
+    def change(pipe: Any, index: int, t: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append({key: tuple(value.shape) for key, value in tensors.items()})
+        return {"latents": tensors["latents"] * 0.9 + 0.01, "prompt_embeds": tensors["prompt_embeds"] * 1.1}
+
+    seen: list[dict[str, Any]] = []
+    folder, reference = checkpoint(name)
+    call = {**CALLS[name], "callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    assert_same(reference, ours(folder, reference), **call)
+    half = len(seen) // 2
+    assert half > 1 and seen[:half] == seen[half:]  # the same tensors, in the same shapes, packed where the reference packs
+
+
+def test_embeddings_of_every_family_instead_of_prompts(checkpoint: Checkpoint) -> None:
+    """Computed once, saved and passed."""
+    for name in ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"):
+        folder, reference = checkpoint(name)
+        pipe = ours(folder, reference)
+        call = {k: v for k, v in CALLS[name].items() if k not in ("prompt", "negative_prompt")}
+        with torch.no_grad():
+            if name == "FluxPipeline":
+                states, pooled, _ = pipe.encode_prompt("a red cat", max_sequence_length=24)
+                given, texts = {"prompt_embeds": states, "pooled_prompt_embeds": pooled}, {"prompt": "a red cat"}
+            else:
+                names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+                texts = {"prompt": "a red cat", "negative_prompt": "blue"}
+                given = dict(zip(names, pipe.encode_prompt(**texts), strict=True))
+        got = assert_same(reference, pipe, **call, **given)
+        np.testing.assert_allclose(got, pipe(**texts, **call, generator=seeded(3)).images, atol=1e-6)
