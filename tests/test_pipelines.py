@@ -395,8 +395,8 @@ def test_tuple_output(checkpoint: Checkpoint) -> None:
 
 
 CALLED_BACK = (
-    "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline", "StableDiffusionXLControlNetPipeline",
-    "StableDiffusion3Pipeline", "FluxPipeline", "FluxImg2ImgPipeline", "FluxKontextPipeline",
+    "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline", "FluxPipeline",
+    "StableDiffusion3Pipeline", "StableDiffusionXLControlNetPipeline", "FluxImg2ImgPipeline", "FluxKontextPipeline",
 )  # fmt: skip
 
 
