@@ -304,6 +304,7 @@ def test_network_compiles_with_an_adapter(checkpoint: Checkpoint) -> None:
     _, pipe = pair(checkpoint, TEXT, "plain", "plus", scale=[0.5, 0.4])
     call = call_of(TEXT, ip_adapter_image=[tiny.picture(4), tiny.picture(5)])
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(pipe.unet, fullgraph=True, backend="eager")
     graphs = 0
     for scale in ([0.5, 0.4], [0.1, {"up": 1.0}]):

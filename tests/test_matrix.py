@@ -57,13 +57,14 @@ def load(checkpoint: Callable[[str], tuple[Path, Any]], name: str, **components:
     folder, _ = checkpoint(EXTENDED.get(name, name))
     cls = getattr(sfumato, name)
     if name in EXTENDED:
-        base = sfumato.DiffusionPipeline.from_pretrained(folder)
+        options = {"dtype": components.pop("dtype", torch.float32)}
+        base = sfumato.DiffusionPipeline.from_pretrained(folder, **options)
         wanted = [a.component for a in cls.adapters if a.component not in base.components]
         family = "StableDiffusionXL" if "XL" in name else "StableDiffusion"
         for component in wanted:
             kind = "ControlNet" if component == "controlnet" else "Adapter"
             source = "FluxControlNetPipeline" if "Flux" in name else f"{family}{kind}Pipeline"
-            other = sfumato.DiffusionPipeline.from_pretrained(checkpoint(source)[0])
+            other = sfumato.DiffusionPipeline.from_pretrained(checkpoint(source)[0], **options)
             components = {**components, component: getattr(other, component)}
         pipe = cls.from_pipe(base, **components)
     else:
