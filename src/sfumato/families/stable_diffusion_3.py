@@ -17,7 +17,7 @@ from ..pipelines.checks import as_list, negative_texts
 from ..pipelines.conditioning import Conditioning, numbered
 from ..pipelines.guidance import WHOLE, Weakening
 from ..pipelines.image import attention_options, network_of, region_options
-from ..pipelines.run import NEGATIVE_EMBEDS, Named, Run, conditioned
+from ..pipelines.run import NEGATIVE_EMBEDS, Named, Run, conditioned, negative
 from ..pipelines.text import encode_clips, encode_t5
 from .flow import FlowFamily
 
@@ -52,7 +52,7 @@ class StableDiffusion3(FlowFamily):
     callback_tensors: ClassVar[dict[str, Named]] = {
         "negative_prompt_embeds": NEGATIVE_EMBEDS,
         "pooled_prompt_embeds": conditioned("pooled_projections"),
-        "negative_pooled_prompt_embeds": conditioned("pooled_projections"),
+        "negative_pooled_prompt_embeds": negative("pooled_projections"),
     }
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, weakening: Weakening = WHOLE) -> torch.Tensor:

@@ -45,10 +45,17 @@ class Adapter:
 
     def adopt(self, network: Any) -> Any:
         """The component that stands for what a caller gave: one network for a list of them."""
-        return network
+        if not isinstance(network, (list, tuple)):
+            return network
+        several = [cls for cls in Several.__subclasses__() if network and isinstance(network[0], cls.member)]
+        if not several:
+            raise TypeError(f"{self.component} is a list of {[type(n).__name__ for n in network]}: expected its networks")
+        return several[0](list(network))
 
     def check(self, run: Run) -> None:
         """Refuses arguments that cannot work, before any work is done."""
+        if getattr(run.args, self.image) is None:
+            raise ValueError(f"{self.image}=None: {self.name} needs its picture (edges, depth, pose ...); pass one")
 
     def size(self, run: Run) -> tuple[int, int] | None:
         """Height and width of the result that its picture suggests, where the caller gives none."""
@@ -130,23 +137,14 @@ class ControlNet(Adapter):
         common = "controlnet_conditioning_scale control_guidance_start control_guidance_end"
         self.arguments = f"{image} {common} {more}"
 
-    def adopt(self, network: Any) -> Any:
-        if not isinstance(network, (list, tuple)):
-            return network
-        several = [cls for cls in Several.__subclasses__() if network and isinstance(network[0], cls.member)]
-        if not several:
-            raise TypeError(f"controlnet is a list of {[type(n).__name__ for n in network]}: expected control networks")
-        return several[0](list(network))
-
     def networks(self, run: Run) -> list[Any]:
         """The control networks of the pipeline."""
         whole = run.pipe.controlnet
         return whole.members if isinstance(whole, Several) else [whole]
 
     def check(self, run: Run) -> None:
+        super().check(run)
         args = run.args
-        if getattr(args, self.image) is None:
-            raise ValueError(f"{self.image}=None: a ControlNet needs its picture (edges, depth, pose ...); pass one")
         count = len(self.networks(run))
         for name in ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"):
             for value in each_of(getattr(args, name), max(count, self._pictures(run, count)), name):
@@ -190,6 +188,9 @@ class ControlNet(Adapter):
     def _kinds(self, network: Any, mode: Any, picture: Any) -> tuple[list[int] | None, list[Any]]:
         """The kinds of a union network's pictures, and the pictures; one picture without a kind for others."""
         if "num_control_type" not in network.config:
+            limit = network.config.get("num_mode") or 0  # FLUX.1's union networks
+            if limit and mode is not None and not (isinstance(mode, int) and 0 <= mode < limit):
+                raise ValueError(f"control_mode={mode!r} must be the kind of the picture, 0 to {limit - 1}")
             return None if mode is None else [mode], [picture]
         kinds = [mode] if isinstance(mode, int) else list(mode or [])
         pictures = list(picture) if isinstance(picture, (list, tuple)) else [picture]
@@ -219,11 +220,7 @@ class LatentControlNet(ControlNet):
 class ChannelControl(Adapter):
     """A control picture as channels beside the latents, for a denoiser that was trained so."""
 
-    name, arguments = "control-channels", "control_image"
-
-    def check(self, run: Run) -> None:
-        if run.args.control_image is None:
-            raise ValueError("control_image=None: this pipeline needs a control picture (edges, depth); pass one")
+    name, arguments, image = "control-channels", "control_image", "control_image"
 
     def prepare(self, run: Run) -> Controls:
         pipe = run.pipe
@@ -257,15 +254,6 @@ class T2I(Adapter):
     def __init__(self, image: str = "image") -> None:
         self.image = image
         self.arguments = f"{image} adapter_conditioning_scale adapter_conditioning_factor"
-
-    def adopt(self, network: Any) -> Any:
-        from ..models.adapters.t2i_adapter import MultiAdapter
-
-        return MultiAdapter(list(network)) if isinstance(network, (list, tuple)) else network
-
-    def check(self, run: Run) -> None:
-        if getattr(run.args, self.image) is None:
-            raise ValueError(f"{self.image}=None: a T2I-Adapter needs its picture; pass one")
 
     def processor(self, run: Run) -> VaeImageProcessor:
         network = run.pipe.adapter

@@ -230,14 +230,18 @@ class Named(NamedTuple):
     write: Callable[[Run, torch.Tensor], None]
 
 
-def _negative_embeds(run: Run) -> torch.Tensor | None:
-    stacked = run.conditioning.get("encoder_hidden_states")
-    return None if stacked is None or run.guidance.branches != 2 else stacked[: run.batch]
+def negative(keyword: str) -> Named:
+    """The negative prompts' rows of a tensor of the conditioning; ``None`` without two branches."""
 
+    def read(run: Run) -> torch.Tensor | None:
+        stacked = run.conditioning.get(keyword)
+        return None if stacked is None or run.guidance.branches != 2 else stacked[: run.batch]
 
-def _set_negative_embeds(run: Run, value: torch.Tensor) -> None:
-    joined = torch.cat([value, run.conditioning["encoder_hidden_states"][len(value) :]])
-    run.conditioning = run.conditioning.replace(encoder_hidden_states=joined)
+    def write(run: Run, value: torch.Tensor) -> None:
+        joined = torch.cat([value, run.conditioning[keyword][len(value) :]])
+        run.conditioning = run.conditioning.replace(**{keyword: joined})
+
+    return Named(read, write)
 
 
 def conditioned(keyword: str) -> Named:
@@ -254,7 +258,7 @@ LATENTS = Named(
 )
 CHANNELS = Named(lambda run: run.channels, lambda run, value: setattr(run, "channels", value))
 EMBEDS = conditioned("encoder_hidden_states")
-NEGATIVE_EMBEDS = Named(_negative_embeds, _set_negative_embeds)
+NEGATIVE_EMBEDS = negative("encoder_hidden_states")
 
 
 class PipelineView:
