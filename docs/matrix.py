@@ -37,9 +37,8 @@ def classes(family: str, task: str, adapter: str) -> list[str]:
     """Names of the public pipelines of a cell."""
 
     def fits(cls: Any) -> bool:
-        adapters = [a.name for a in cls.adapters]
-        wanted = [adapter] if adapter else []
-        return cls.family == family and cls.task.name == task and adapters == wanted
+        kinds = "".join(a.name for a in cls.adapters)  # "masked-controlnet" is a kind of "controlnet"
+        return cls.family == family and cls.task.name == task and (kinds.endswith(adapter) if adapter else not kinds)
 
     return [cls.__name__ for cls in registry.pipelines() if fits(cls)]
 

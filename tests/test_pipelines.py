@@ -71,6 +71,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "StableDiffusion3Img2ImgPipeline": {**TEXT, "image": tiny.picture(), "strength": 0.75},
     "StableDiffusion3InpaintPipeline": {**TEXT, "image": tiny.picture(), "mask_image": tiny.mask(), "strength": 0.75},
     "StableDiffusion3ControlNetPipeline": {**TEXT, "control_image": tiny.picture(7)},
+    "StableDiffusion3ControlNetInpaintingPipeline": {**TEXT, "control_image": tiny.picture(7), "control_mask": tiny.mask()},
     **{name: flux_call(name) for name in tiny.FLUX},
     "DDPMPipeline": {"num_inference_steps": 4, "output_type": "np", "batch_size": 2},
     "DDIMPipeline": {"num_inference_steps": 4, "output_type": "np", "batch_size": 2, "eta": 0.5},
@@ -305,6 +306,16 @@ VARIED = {
     "3 ControlNet, a while": (
         "StableDiffusion3ControlNetPipeline",
         dict(control_guidance_end=0.6, controlnet_conditioning_scale=0.5),
+    ),
+    "3 ControlNet of masks, other sizes": (
+        "StableDiffusion3ControlNetInpaintingPipeline",
+        dict(control_image=tiny.picture(7, (64, 40)), control_mask=tiny.mask((48, 48)), height=48, width=32, guidance_scale=1.0),
+    ),
+    "3 ControlNet of masks, a picture for each prompt": (
+        "StableDiffusion3ControlNetInpaintingPipeline",
+        dict(
+            prompt=["a", "red"], negative_prompt=None, control_image=[tiny.picture(1), tiny.picture(2)], control_mask=[tiny.mask()] * 2,
+        ),
     ),
     "FLUX ControlNet, scale": ("FluxControlNetPipeline", dict(controlnet_conditioning_scale=0.5, control_guidance_end=0.6)),
     "DDIM without noise": ("DDIMPipeline", dict(eta=0.0, output_type="pil")),

@@ -242,7 +242,7 @@ def flow_vae(channels: int = 4, shift: float = 0.0609) -> Any:
 def _stable_diffusion_3(name: str, folder: Path) -> Any:
     words = tokenizer(folder.parent / f"{folder.name}-tokenizer")
     tokens, third = t5(64)
-    painting = "Inpaint" in name
+    painting = name == "StableDiffusion3InpaintPipeline"
     channels = 16 if painting else 4
     config: dict[str, Any] = dict(
         sample_size=16, patch_size=1, in_channels=channels, num_layers=3, attention_head_dim=8, num_attention_heads=4,
@@ -255,7 +255,8 @@ def _stable_diffusion_3(name: str, folder: Path) -> Any:
     parts |= dict(tokenizer=words, tokenizer_2=words, tokenizer_3=tokens, transformer=denoiser)
     parts["vae"] = flow_vae(channels, 0.0 if painting else 0.0609)  # the reference's inpainting decodes without the shift
     if "ControlNet" in name:
-        network = diffusers.SD3ControlNetModel(**{**config, "num_layers": 2, "dual_attention_layers": ()})
+        changes = {"num_layers": 2, "dual_attention_layers": (), "extra_conditioning_channels": int("Inpainting" in name)}
+        network = diffusers.SD3ControlNetModel(**{**config, **changes})
         generator = torch.Generator().manual_seed(0)
         for key, parameter in network.named_parameters():
             if "controlnet_blocks" in key or "pos_embed_input" in key:
@@ -400,6 +401,7 @@ _BUILDERS = {
     **dict.fromkeys(FLUX, _flux),
     **dict.fromkeys(("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"), _stable_diffusion_3),
     **dict.fromkeys(("StableDiffusion3InpaintPipeline", "StableDiffusion3ControlNetPipeline"), _stable_diffusion_3),
+    "StableDiffusion3ControlNetInpaintingPipeline": _stable_diffusion_3,
     **dict.fromkeys(CONTROLLED, _with_control),
     **dict.fromkeys(PAG, _with_pag),
     **dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "refiner"), _stable_diffusion_xl),

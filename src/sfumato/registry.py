@@ -71,7 +71,7 @@ _MODULES: dict[str, str] = {
     " StableDiffusionXLControlNetInstructPix2PixPipeline StableDiffusionXLAdapterInstructPix2PixPipeline",
     "families.stable_diffusion_3_pipelines": "StableDiffusion3Pipeline StableDiffusion3Img2ImgPipeline"
     " StableDiffusion3InpaintPipeline StableDiffusion3ControlNetPipeline StableDiffusion3ControlNetImg2ImgPipeline"
-    " StableDiffusion3ControlNetInpaintPipeline",
+    " StableDiffusion3ControlNetInpaintPipeline StableDiffusion3ControlNetInpaintingPipeline",
     "families.flux_pipelines": "FluxPipeline FluxImg2ImgPipeline FluxInpaintPipeline FluxControlNetPipeline FluxFillPipeline"
     " FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline FluxControlPipeline FluxControlImg2ImgPipeline"
     " FluxControlInpaintPipeline FluxKontextPipeline FluxControlNetFillPipeline FluxControlNetKontextPipeline",

@@ -145,7 +145,7 @@ class Reference(Task):
         height, width = height // multiple * multiple, width // multiple * multiple
         tensor = processor.preprocess(image, height=height, width=width)
         form = pipe.latent_format
-        latents = (form.encode(tensor.to(run.device), mode=True) - form.shift) * form.scale
+        latents = form.scaled(form.encode(tensor.to(run.device), mode=True))
         return per_picture(latents.to(pipe.compute_dtype), run.batch, "reference picture")
 
 

@@ -69,12 +69,12 @@ class StableDiffusion3(FlowFamily):
     ) -> dict[str, torch.Tensor]:
         """The residuals of a control network."""
         network, pooled = control.network, conditioning["pooled_projections"]
-        given = run.args.controlnet_pooled_projections
-        if network.config.force_zeros_for_pooled_projection:
+        given, config = run.args.controlnet_pooled_projections, network.config
+        if config.force_zeros_for_pooled_projection or config.extra_conditioning_channels:
             pooled = torch.zeros_like(pooled)
         elif given is not None:
             pooled = given.to(pooled)
-        text = None if network.config.joint_attention_dim is None else conditioning["encoder_hidden_states"]
+        text = None if config.joint_attention_dim is None else conditioning["encoder_hidden_states"]
         picture = torch.cat([control.pictures[0]] * len(branches))
         tokens: dict[str, Any] = {"encoder_hidden_states": text, "pooled_projections": pooled}
         tokens["joint_attention_kwargs"] = None if text is None else region_options(conditioning)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
 from ..pipelines.adapters import LatentControlNet
 from ..pipelines.guidance import Guidance
 from ..pipelines.run import Run
-from ..pipelines.tasks import ImageToImage, Inpaint, Task
+from ..pipelines.tasks import ImageToImage, Inpaint, Task, per_picture
 from ..pipelines.weak_models import SkipLayerGuidance
 from .stable_diffusion_3 import StableDiffusion3
 
@@ -64,3 +69,43 @@ class StableDiffusion3ControlNetImg2ImgPipeline(StableDiffusion3, task=ImageToIm
 
 class StableDiffusion3ControlNetInpaintPipeline(StableDiffusion3, task=Inpaint(), adapters=(CONTROL,), defaults=SOME):
     """Paints a masked region anew, steered by control pictures."""
+
+
+class Painting(Task):
+    """Inpainting from noise, by a control network that sees what is kept."""
+
+    name = "inpaint"
+
+
+class MaskedControlNet(LatentControlNet):
+    """Control networks that read a picture without the region to paint, as latents, and as a channel what is kept."""
+
+    name = "masked-controlnet"
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        if run.args.control_mask is None:
+            raise ValueError("control_mask=None: pass a mask of the region of control_image to paint anew")
+        for network in self.networks(run):
+            if network.config.extra_conditioning_channels != 1:
+                raise ValueError(
+                    f"controlnet has extra_conditioning_channels={network.config.extra_conditioning_channels}, one trained on masks "
+                    "has 1: use StableDiffusion3ControlNetPipeline"
+                )
+
+    def picture(self, run: Run, image: Any, network: Any) -> torch.Tensor:
+        """A picture as latents, black where it is to be painted, and 1 where it is kept, (B, C + 1, h, w)."""
+        area, form = run.task.area(run), run.pipe.latent_format
+        mask = run.pipe.mask_processor.preprocess(run.args.control_mask, **area).to(run.device)
+        picture = self.processor(run).preprocess(image, **area).to(run.device)
+        latents = form.scaled(form.encode(torch.where(mask < 0.5, picture, -1.0), mode=True))
+        kept = 1 - F.interpolate(mask, size=latents.shape[-2:])
+        both = torch.cat([latents, kept.expand(len(latents), -1, -1, -1)], dim=1).to(run.pipe.compute_dtype)
+        return per_picture(both, run.batch, "control picture")
+
+
+MASKED = MaskedControlNet("control_image", "control_mask controlnet_pooled_projections")
+
+
+class StableDiffusion3ControlNetInpaintingPipeline(StableDiffusion3, task=Painting(), adapters=(MASKED,), later="mu", defaults=FEW):
+    """Paints a masked region anew, from noise, by a control network that was trained on masks."""

@@ -48,12 +48,13 @@ class LatentFormat:
             return torch.cat([self.encode(image[i : i + 1], generator[i]) for i in range(len(image))])
         encoded = self.vae.encode(image.to(self.vae.dtype))
         if not hasattr(encoded, "latent_dist"):
-            return encoded.latents if mode else self._scaled(encoded.latents)
+            return encoded.latents if mode else self.scaled(encoded.latents)
         if mode:
             return encoded.latent_dist.mode()
-        return self._scaled(encoded.latent_dist.sample(generator))
+        return self.scaled(encoded.latent_dist.sample(generator))
 
-    def _scaled(self, values: torch.Tensor) -> torch.Tensor:
+    def scaled(self, values: torch.Tensor) -> torch.Tensor:
+        """The autoencoder's values as latents."""
         return (values - self.shift) * self.scale if self.shift else values * self.scale
 
     def decode(self, latents: torch.Tensor, generator: Generators = None, **extras: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,7 @@ CATALOGUE: dict[str, Parameter] = {
     "aesthetic_score": Parameter(6.0, "Beauty that the refiner aims at, 1 to 10."),
     "negative_aesthetic_score": Parameter(2.5, "Beauty that the refiner avoids."),
     "control_image": Parameter(None, "Control picture (edges, depth, pose ...), or a list with one for each control network."),
+    "control_mask": Parameter(None, "Mask of the control picture: white is painted anew, black is kept."),
     "control_mode": Parameter(None, "Kind of the control picture, a number, for union networks; a list for several pictures."),
     "controlnet_conditioning_scale": Parameter(1.0, "Weight of the control network's residuals, or one for each network."),
     "guess_mode": Parameter(False, "Follow the control picture even without a prompt: it steers the prompt's branch alone."),
