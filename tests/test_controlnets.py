@@ -535,8 +535,8 @@ def test_configurations_that_cannot_be_built(name: str, config: dict[str, Any], 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"ctrl_block_out_channels": (8, 16, 16)}, "ctrl_block_out_channels.*has 3 values"),
-        ({"ctrl_num_attention_heads": (2, 40)}, "ctrl_num_attention_heads=40 does not fit the 20 channels of level 1"),
+        ({"ctrl_block_out_channels": (8, 16, 16)}, "begin with ctrl_: block_out_channels.*has 3 values"),
+        ({"ctrl_num_attention_heads": (2, 40)}, "begin with ctrl_: num_attention_heads=40 does not fit the 20 channels of level 1"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 does not fit"),
         ({"norm_num_groups": 24}, "norm_num_groups=24"),
         ({"time_embedding_mix": 0.5}, "set learn_time_embedding=True"),

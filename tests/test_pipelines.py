@@ -314,7 +314,10 @@ VARIED = {
     "3 ControlNet of masks, a picture for each prompt": (
         "StableDiffusion3ControlNetInpaintingPipeline",
         dict(
-            prompt=["a", "red"], negative_prompt=None, control_image=[tiny.picture(1), tiny.picture(2)], control_mask=[tiny.mask()] * 2,
+            prompt=["a", "red"],
+            negative_prompt=None,
+            control_image=[tiny.picture(1), tiny.picture(2)],
+            control_mask=[tiny.mask()] * 2,
         ),
     ),
     "FLUX ControlNet, scale": ("FluxControlNetPipeline", dict(controlnet_conditioning_scale=0.5, control_guidance_end=0.6)),

@@ -7,10 +7,9 @@ the U-Net gets the slim side's state of that layer.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,34 +18,18 @@ from ...errors import ConfigError, check_choice
 from ...outputs import BaseOutput
 from ..base import ModelMixin
 from ..layers.attention import additive_mask
-from ..layers.compute import Conv2d, GroupNorm, pixels_last
+from ..layers.compute import Conv2d, pixels_last
 from ..layers.embeddings import TimestepEmbedding, sinusoids, time_tensor
 from ..layers.options import AttentionOptions, read_options
 from ..layers.resnet import Downsample2D, activate
 from ..layers.transformer_2d import Transformer2D
-from ..unets.blocks import DOWN_BLOCKS, UP_BLOCKS, Conditions, DownBlock, Level, MidBlock, Shared, UpBlock, make_resnet, spread
+from ..unets.blocks import Conditions, Level, MidBlock, Shared, make_resnet, spread
 from ..unets.conditioning import text_and_sizes
-from ..unets.unet_2d_condition import UNet2DConditionModel
+from ..unets.unet_2d_condition import UNet2DConditionModel, down_levels
 from .controlnet import ControlNetConditioningEmbedding, Scale, check_followed, read_scale, zero_conv
 
 _LAYERS = 2  # of each level
 _TYPES = ("DownBlock2D", "CrossAttnDownBlock2D")
-_BASE_NAMES = (
-    (r"^(conv_in|time_embedding|add_embedding|conv_norm_out|conv_out)\.", r"base_\1."),
-    (r"^(down_blocks\.\d+)\.(resnets|attentions)\.", r"\1.base_\2."),
-    (r"^(down_blocks\.\d+)\.downsamplers\.0\.", r"\1.base_downsamplers."),
-    (r"^mid_block\.", "mid_block.base_midblock."),
-    (r"^(up_blocks\.\d+)\.upsamplers\.0\.", r"\1.upsamplers."),
-)
-"""Parameter names of the U-Net -> of the whole."""
-
-_CONTROL_NAMES = (
-    (r"^(conv_in|time_embedding)\.", r"ctrl_\1."),
-    (r"^(down_blocks\.\d+)\.(resnets|attentions|downsamplers)\.", r"\1.ctrl_\2."),
-    (r"^mid_block\.midblock\.", "mid_block.ctrl_midblock."),
-    (r"^up_connections\.", "up_blocks."),
-)
-"""Parameter names of the adapter -> of the whole."""
 
 
 @dataclass
@@ -56,98 +39,11 @@ class ControlNetXSOutput(BaseOutput):
     sample: torch.Tensor
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What both sides are built from, each value from the finest level."""
-
-    types: Sequence[str]
-    base_widths: Sequence[int]
-    widths: Sequence[int]
-    heads: Sequence[int]
-    depths: Sequence[int]
-    contexts: Sequence[int]
-    max_groups: int
-    linear: bool
-
-    def groups(self, channels: int) -> int:
-        """The most groups that ``channels`` fall into."""
-        return max(n for n in range(1, self.max_groups + 1) if channels % n == 0)
-
-
-def _plan(
-    types: Sequence[str], base_widths: Sequence[int], widths: Sequence[int], heads: Any, depths: Any, contexts: Any,
-    max_groups: int, linear: bool, prefix: str = "",
-) -> _Plan:  # fmt: skip
-    for name in types:
-        check_choice("down_block_types", name, _TYPES)
-    named = {
-        f"{prefix}block_out_channels": widths, f"{prefix}num_attention_heads": heads, "transformer_layers_per_block": depths,
-        "cross_attention_dim": contexts,
-    }  # fmt: skip
-    own, heads, depths, contexts = (spread(value, len(types), key) for key, value in named.items())
-    base = spread(list(base_widths), len(types), "base_block_out_channels")
-    _check_heads(f"{prefix}num_attention_heads", heads, own)
-    return _Plan(types, base, own, heads, depths, contexts, max_groups, linear)
-
-
-def _check_heads(key: str, heads: Sequence[int], widths: Sequence[int]) -> None:
-    for i, (count, width) in enumerate(zip(heads, widths, strict=True)):
-        if not 0 < count <= width:
-            raise ConfigError(f"{key}={count!r} does not fit the {width} channels of level {i}")
-
-
-class _Parts(nn.Module):
-    """Modules under the names that the checkpoint has for them."""
-
-    def __init__(self, parts: Mapping[str, nn.Module | None]) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-
-def _control_down(plan: _Plan, shared: Shared, i: int) -> dict[str, nn.Module | None]:
-    """The slim side of level ``i``, and the exchanges."""
-    width, base, resample = plan.widths[i], plan.base_widths[i], i < len(plan.widths) - 1
-    before = [(plan.widths[max(i - 1, 0)], plan.base_widths[max(i - 1, 0)])] + [(width, base)] * (_LAYERS - 1)
-    resnets = [make_resnet(shared, c + b, width, 1.0, groups=plan.groups(c + b), groups_out=plan.groups(width)) for c, b in before]
-    attentions: list[nn.Module] = []
-    if DOWN_BLOCKS[plan.types[i]].attention:
-        sizes = (width, plan.heads[i], plan.contexts[i], plan.depths[i], plan.groups(width))
-        attentions = [Transformer2D(*sizes, linear_projection=plan.linear) for _ in range(_LAYERS)]
-    read = [b for _, b in before] + [base] * resample
-    return {
-        "resnets": nn.ModuleList(resnets),
-        "attentions": nn.ModuleList(attentions) if attentions else None,
-        "downsamplers": Downsample2D(width + base, out_channels=width) if resample else None,
-        "base_to_ctrl": nn.ModuleList(zero_conv(b, b) for b in read),
-        "ctrl_to_base": nn.ModuleList(zero_conv(width, base) for _ in read),
-    }
-
-
-def _control_mid(plan: _Plan, temb_channels: int) -> dict[str, nn.Module | None]:
-    width, base = plan.widths[-1], plan.base_widths[-1]
-    groups = plan.groups(math.gcd(width, width + base))
-    shared = Shared(temb_channels, norm_num_groups=groups, norm_eps=1e-6, use_linear_projection=plan.linear)
-    level = Level(plan.heads[-1], None, plan.contexts[-1], plan.depths[-1])
-    middle = MidBlock("transformer", shared, level, width, 1.0)
-    middle.resnets[0] = make_resnet(shared, width + base, width, 1.0)
-    return {"midblock": middle, "base_to_ctrl": zero_conv(base, base), "ctrl_to_base": zero_conv(width, base)}
-
-
-def _states(widths: Sequence[int]) -> list[int]:
-    """Channels of the states of a way down, in the order that the way up takes them."""
-    levels = [[width] * (_LAYERS + (i < len(widths) - 1)) for i, width in enumerate(widths)]
-    return [widths[0], *(w for level in levels for w in level)][::-1]
-
-
-def _control_up(plan: _Plan) -> list[nn.ModuleList]:
-    """What the layers of the way up, from the coarsest, get of the slim side's states."""
-    states, levels, before = _states(plan.widths), [], plan.base_widths[-1]
-    for i, base in enumerate(reversed(plan.base_widths)):
-        mine = states[i * (_LAYERS + 1) : (i + 1) * (_LAYERS + 1)]
-        levels.append(nn.ModuleList(zero_conv(state, base if j else before) for j, state in enumerate(mine)))
-        before = base
-    return levels
+def _levels(config: Mapping[str, Any]) -> list[Level]:
+    """What each resolution has of its own; the number of heads stands under its own name here."""
+    return down_levels(
+        {**config, "attention_head_dim": config["num_attention_heads"], "only_cross_attention": False, "norm_num_groups": None}
+    )
 
 
 class ControlNetXSAdapter(ModelMixin):
@@ -178,22 +74,63 @@ class ControlNetXSAdapter(ModelMixin):
     ) -> None:  # fmt: skip
         super().__init__()
         check_choice("conditioning_channel_order", conditioning_channel_order, ("rgb", "bgr"))
-        _check_mix(time_embedding_mix, learn_time_embedding)
-        plan = _plan(
-            down_block_types, base_block_out_channels, list(block_out_channels), num_attention_heads, transformer_layers_per_block,
-            cross_attention_dim, max_norm_num_groups, use_linear_projection,
-        )  # fmt: skip
-        width, base = block_out_channels[0], base_block_out_channels[0]
+        if time_embedding_mix < 1.0 and not learn_time_embedding:
+            raise ConfigError(
+                f"time_embedding_mix={time_embedding_mix} needs an own embedding of the time: set learn_time_embedding=True"
+            )
+        for name in down_block_types:
+            check_choice("down_block_types", name, _TYPES)
+        widths = spread(block_out_channels, len(down_block_types), "block_out_channels")
+        bases = spread(base_block_out_channels, len(down_block_types), "base_block_out_channels")
         self.controlnet_cond_embedding = ControlNetConditioningEmbedding(
-            width, conditioning_channels, conditioning_embedding_out_channels
+            widths[0], conditioning_channels, conditioning_embedding_out_channels
         )
-        self.time_embedding = TimestepEmbedding(base, 4 * base) if learn_time_embedding else None
-        self.conv_in = Conv2d(4, width, 3, padding=1)
-        self.control_to_base_for_conv_in = zero_conv(width, base)
-        shared = Shared(4 * base)
-        self.down_blocks = nn.ModuleList(_Parts(_control_down(plan, shared, i)) for i in range(len(plan.widths)))
-        self.mid_block = _Parts(_control_mid(plan, 4 * base))
-        self.up_connections = nn.ModuleList(_Parts({"ctrl_to_base": convs}) for convs in _control_up(plan))
+        time_dim = 4 * bases[0]
+        self.time_embedding = TimestepEmbedding(bases[0], time_dim) if learn_time_embedding else None
+        self.conv_in = Conv2d(4, widths[0], 3, padding=1)
+        self.control_to_base_for_conv_in = zero_conv(widths[0], bases[0])
+        levels = _levels(self.config)
+        states = self._build_down(levels, widths, bases, time_dim)
+        self.mid_block = self._mid(levels[-1], widths[-1], bases[-1], time_dim)
+        self.up_connections, before = nn.ModuleList(), bases[-1]
+        for base in reversed(bases):  # each layer of the way up gets the state that it takes; the first, in the channels from below
+            convs = nn.ModuleList(zero_conv(states.pop(), base if i else before) for i in range(_LAYERS + 1))
+            self.up_connections.append(nn.ModuleDict({"ctrl_to_base": convs}))
+            before = base
+
+    def _groups(self, channels: int) -> int:
+        """The most groups that ``channels`` fall into."""
+        return max(n for n in range(1, self.config.max_norm_num_groups + 1) if channels % n == 0)
+
+    def _build_down(self, levels: list[Level], widths: list[int], bases: list[int], time_dim: int) -> list[int]:
+        """Builds the way down and the exchanges; returns the channels of its states."""
+        self.down_blocks, states, before = nn.ModuleList(), [widths[0]], (widths[0], bases[0])
+        for i, (level, width, base) in enumerate(zip(levels, widths, bases, strict=True)):
+            read = [before, *[(width, base)] * (_LAYERS - 1)]  # channels of both sides before each layer
+            resnets = [
+                make_resnet(Shared(time_dim), a + b, width, 1.0, groups=self._groups(a + b), groups_out=self._groups(width))
+                for a, b in read
+            ]
+            parts: dict[str, nn.Module] = {"resnets": nn.ModuleList(resnets)}
+            if self.config.down_block_types[i] == "CrossAttnDownBlock2D":
+                sizes: Any = (width, level.heads, level.cross_attention_dim, level.depth, self._groups(width))
+                linear = self.config.use_linear_projection
+                parts["attentions"] = nn.ModuleList(Transformer2D(*sizes, linear_projection=linear) for _ in read)
+            if i < len(widths) - 1:
+                parts["downsamplers"] = Downsample2D(width + base, out_channels=width)
+                read.append((width, base))
+            parts["base_to_ctrl"] = nn.ModuleList(zero_conv(b, b) for _, b in read)
+            parts["ctrl_to_base"] = nn.ModuleList(zero_conv(width, base) for _ in read)
+            self.down_blocks.append(nn.ModuleDict(parts))
+            states, before = states + [width] * len(read), (width, base)
+        return states
+
+    def _mid(self, level: Level, width: int, base: int, time_dim: int) -> nn.ModuleDict:
+        groups = self._groups(math.gcd(width, base))
+        shared = Shared(time_dim, norm_num_groups=groups, norm_eps=1e-6, use_linear_projection=self.config.use_linear_projection)
+        middle = MidBlock("transformer", shared, level, width, 1.0)
+        middle.resnets[0] = make_resnet(shared, width + base, width, 1.0)
+        return nn.ModuleDict({"midblock": middle, "base_to_ctrl": zero_conv(base, base), "ctrl_to_base": zero_conv(width, base)})
 
     @classmethod
     def from_unet(
@@ -237,75 +174,90 @@ class ControlNetXSAdapter(ModelMixin):
         raise ValueError("a ControlNetXSAdapter cannot run by itself: join it to a U-Net by UNetControlNetXSModel.from_unet")
 
 
-def _check_mix(mix: float, learned: bool) -> None:
-    if mix < 1.0 and not learned:
-        raise ConfigError(f"time_embedding_mix={mix} needs an own embedding of the time: set learn_time_embedding=True")
-
-
 def _check_followed(unet: UNet2DConditionModel) -> None:
     check_followed(unet, {*UNetControlNetXSModel._init_parameters(), "attention_head_dim"})
 
 
-class _XSDownBlock(_Parts):
+class _Joined(nn.ModuleDict):
+    """The parts of both sides at one place, under the names that the whole has for them."""
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> Any: ...
+
+    def __init__(self, base: nn.Module, control: nn.Module, prefix: str = "base_") -> None:
+        parts = {f"{prefix}{name}": part for name, part in base.named_children()}
+        parts |= {name if "base" in name else f"ctrl_{name}": part for name, part in control.named_children()}
+        # a resampler stands in a list of one in a U-Net's blocks, by itself here
+        super().__init__({k: v[0] if isinstance(v, nn.ModuleList) and "amplers" in k else v for k, v in parts.items()})
+
+
+class _DownBlock(_Joined):
     """A level of the way down, both sides in step."""
 
     def forward(
         self, base: torch.Tensor, control: torch.Tensor | None, c: Conditions, scale: Scale
-    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor], list[torch.Tensor | None]]:
-        """The U-Net's and the slim side's features (B, C, H, W), the latter ``None`` to leave it out -> those, and all states."""
-        parts: Any = self._modules
-        states: list[torch.Tensor] = []
-        control_states: list[torch.Tensor | None] = []
-
-        def run(side: str, i: int, x: torch.Tensor) -> torch.Tensor:
-            if i == _LAYERS:
-                return parts[f"{side}_downsamplers"](x)
-            x = parts[f"{side}_resnets"][i](x, c.activated)
-            attentions = parts[f"{side}_attentions"]
-            return x if attentions is None else attentions[i](x, c.context, c.mask, None, c.options)
-
-        for i in range(_LAYERS + (parts["base_downsamplers"] is not None)):
-            seen = base
-            base = run("base", i, base)
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[torch.Tensor, torch.Tensor | None]]]:
+        """Features of the U-Net and of the slim side (B, C, H, W), ``None`` to leave it out -> those, and all states of both."""
+        states = []
+        for i, (read, give) in enumerate(zip(self["base_to_ctrl"], self["ctrl_to_base"], strict=True)):
+            seen, base = base, self._layer("base", i, base, c)
             if control is not None:
-                control = run("ctrl", i, torch.cat([control, parts["base_to_ctrl"][i](seen)], dim=1))
-                base = base + parts["ctrl_to_base"][i](control) * scale
-            states.append(base)
-            control_states.append(control)
-        return base, control, states, control_states
+                control = self._layer("ctrl", i, torch.cat([control, read(seen)], dim=1), c)
+                base = base + give(control) * scale
+            states.append((base, control))
+        return base, control, states
+
+    def _layer(self, side: str, i: int, x: torch.Tensor, c: Conditions) -> torch.Tensor:
+        if i == _LAYERS:
+            return self[f"{side}_downsamplers"](x)
+        x = self[f"{side}_resnets"][i](x, c.activated)
+        attentions = f"{side}_attentions"
+        return self[attentions][i](x, c.context, c.mask, None, c.options) if attentions in self else x
 
 
-class _XSMidBlock(_Parts):
+class _MidBlock(_Joined):
     """The middle of both sides."""
 
-    def forward(
-        self, base: torch.Tensor, control: torch.Tensor | None, c: Conditions, scale: Scale
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The U-Net's and the slim side's features -> the same."""
-        parts: Any = self._modules
-        seen = base
-        base = parts["base_midblock"](base, c)
-        if control is not None:
-            control = parts["ctrl_midblock"](torch.cat([control, parts["base_to_ctrl"](seen)], dim=1), c)
-            base = base + parts["ctrl_to_base"](control) * scale
-        return base, control
+    def forward(self, base: torch.Tensor, control: torch.Tensor | None, c: Conditions, scale: Scale) -> torch.Tensor:
+        """The U-Net's and the slim side's features -> the U-Net's."""
+        seen, base = base, self["base_midblock"](base, c)
+        if control is None:
+            return base
+        control = self["ctrl_midblock"](torch.cat([control, self["base_to_ctrl"](seen)], dim=1), c)
+        return base + self["ctrl_to_base"](control) * scale
 
 
-class _XSUpBlock(_Parts):
+class _UpBlock(_Joined):
     """A level of the way up, which the U-Net walks alone."""
 
     def forward(
-        self, x: torch.Tensor, states: list[torch.Tensor], control_states: list[torch.Tensor | None], c: Conditions, scale: Scale
+        self, x: torch.Tensor, states: list[tuple[torch.Tensor, torch.Tensor | None]], c: Conditions, scale: Scale
     ) -> torch.Tensor:
         """Features (B, C, H, W), the states of both sides, last used first -> (B, C', 2H, 2W)."""
-        parts: Any = self._modules
-        for i, resnet in enumerate(parts["resnets"]):
-            if (control := control_states[-1 - i]) is not None:
-                x = x + parts["ctrl_to_base"][i](control) * scale
-            x = resnet(torch.cat([x, states[-1 - i]], dim=1), c.activated)
-            if parts["attentions"] is not None:
-                x = parts["attentions"][i](x, c.context, c.mask, None, c.options)
-        return x if parts["upsamplers"] is None else parts["upsamplers"](x)
+        for i, (resnet, give) in enumerate(zip(self["resnets"], self["ctrl_to_base"], strict=True)):
+            state, control = states[-1 - i]
+            if control is not None:
+                x = x + give(control) * scale
+            x = resnet(torch.cat([x, state], dim=1), c.activated)
+            if "attentions" in self:
+                x = self["attentions"][i](x, c.context, c.mask, None, c.options)
+        return self["upsamplers"](x) if "upsamplers" in self else x
+
+
+def _join(unet: UNet2DConditionModel, control: ControlNetXSAdapter) -> dict[str, Any]:
+    """The parts of both sides under the names that the whole has for them."""
+    ends = ("conv_in", "time_embedding", "add_embedding", "conv_norm_out", "conv_act", "conv_out")
+    middle: dict[str, Any] = {"midblock": unet.mid_block}
+    levels = zip(unet.down_blocks, control.down_blocks, strict=True), zip(unet.up_blocks, control.up_connections, strict=True)
+    return {
+        **{f"base_{name}": getattr(unet, name) for name in ends},
+        **{f"ctrl_{name}": getattr(control, name) for name in ("conv_in", "time_embedding")},
+        **{name: getattr(control, name) for name in ("controlnet_cond_embedding", "control_to_base_for_conv_in")},
+        "down_blocks": nn.ModuleList(_DownBlock(*pair) for pair in levels[0]),
+        "mid_block": _MidBlock(nn.ModuleDict(middle), control.mid_block),
+        "up_blocks": nn.ModuleList(_UpBlock(*pair, prefix="") for pair in levels[1]),
+    }
 
 
 class UNetControlNetXSModel(ModelMixin):
@@ -325,6 +277,10 @@ class UNetControlNetXSModel(ModelMixin):
         ConfigError: Values are unknown or do not fit together.
     """
 
+    if TYPE_CHECKING:  # the parts have the names that `_join` gives them
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def __init__(
         self, sample_size: int | None = 96, down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
         up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
@@ -340,63 +296,24 @@ class UNetControlNetXSModel(ModelMixin):
         ctrl_max_norm_num_groups: int = 32,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_choice("ctrl_conditioning_channel_order", ctrl_conditioning_channel_order, ("rgb", "bgr"))
-        check_choice("addition_embed_type", addition_embed_type, (None, "text_time"))
-        _check_mix(time_embedding_mix, ctrl_learn_time_embedding)
-        for i, name in enumerate(spread(list(up_block_types), len(down_block_types), "up_block_types")):
+        for i, name in enumerate(up_block_types):
             check_choice(f"up_block_types[{i}]", name, [kind.replace("Down", "Up") for kind in _TYPES])
-        plan = _plan(
-            down_block_types, block_out_channels, list(ctrl_block_out_channels), ctrl_num_attention_heads,
-            transformer_layers_per_block, cross_attention_dim, ctrl_max_norm_num_groups, use_linear_projection, "ctrl_",
-        )  # fmt: skip
-        width, base, time_dim = ctrl_block_out_channels[0], block_out_channels[0], 4 * block_out_channels[0]
-        self.base_conv_in, self.ctrl_conv_in = Conv2d(4, base, 3, padding=1), Conv2d(4, width, 3, padding=1)
-        self.controlnet_cond_embedding = ControlNetConditioningEmbedding(
-            width, ctrl_conditioning_channels, ctrl_conditioning_embedding_out_channels
-        )
-        self.control_to_base_for_conv_in = zero_conv(width, base)
-        self.base_time_embedding = TimestepEmbedding(base, time_dim, cond_dim=time_cond_proj_dim)
-        self.ctrl_time_embedding = TimestepEmbedding(base, time_dim) if ctrl_learn_time_embedding else None
-        self.base_add_embedding: TimestepEmbedding | None = None
-        if addition_embed_type is not None:
-            if projection_class_embeddings_input_dim is None or addition_time_embed_dim is None:
-                needed = "addition_time_embed_dim and projection_class_embeddings_input_dim"
-                raise ConfigError(f"addition_embed_type={addition_embed_type!r} needs {needed}")
-            self.base_add_embedding = TimestepEmbedding(projection_class_embeddings_input_dim, time_dim)
-        self._build_blocks(
-            plan, Shared(time_dim, norm_num_groups=norm_num_groups, norm_eps=1e-6, use_linear_projection=use_linear_projection)
-        )
-        self.base_conv_norm_out = GroupNorm(norm_num_groups or 32, base, eps=1e-5)
-        self.base_conv_act = nn.SiLU()
-        self.base_conv_out = Conv2d(base, 4, 3, padding=1)
-
-    def _build_blocks(self, plan: _Plan, shared: Shared) -> None:
-        widths, count, config = plan.base_widths, len(plan.types), self.config
-        heads = spread(config.num_attention_heads, count, "num_attention_heads")
-        _check_heads("num_attention_heads", heads, widths)
-        if any(width % (shared.norm_num_groups or 32) for width in widths):
-            raise ConfigError(f"block_out_channels={widths} are no multiples of norm_num_groups={shared.norm_num_groups}")
-        levels = [Level(heads[i], None, plan.contexts[i], plan.depths[i]) for i in range(count)]
-        self.down_blocks = nn.ModuleList()
-        for i, name in enumerate(plan.types):
-            resample = i < count - 1
-            down = DownBlock(DOWN_BLOCKS[name], shared, levels[i], widths[max(i - 1, 0)], widths[i], _LAYERS, resample)
-            halving = down.downsamplers[0] if down.downsamplers is not None else None
-            parts = {"base_resnets": down.resnets, "base_attentions": down.attentions, "base_downsamplers": halving}
-            for key, part in _control_down(plan, Shared(shared.temb_channels), i).items():
-                parts[key if "base" in key else f"ctrl_{key}"] = part
-            self.down_blocks.append(_XSDownBlock(parts))
-        middle = MidBlock("transformer", shared, levels[-1], widths[-1], 1.0)
-        control = _control_mid(plan, shared.temb_channels)
-        self.mid_block = _XSMidBlock({"base_midblock": middle, "ctrl_midblock": control.pop("midblock"), **control})
-        self.up_blocks, before, states = nn.ModuleList(), widths[-1], _states(widths)
-        for i, (name, connections) in enumerate(zip(config.up_block_types, _control_up(plan), strict=True)):
-            width, used = widths[count - 1 - i], states[i * (_LAYERS + 1) : (i + 1) * (_LAYERS + 1)]
-            up = UpBlock(UP_BLOCKS[name], shared, levels[count - 1 - i], before, width, width, used, _LAYERS + 1, i < count - 1)
-            doubling = up.upsamplers[0] if up.upsamplers is not None else None
-            parts = {"resnets": up.resnets, "attentions": up.attentions, "upsamplers": doubling, "ctrl_to_base": connections}
-            self.up_blocks.append(_XSUpBlock(parts))
-            before = width
+        check_choice("addition_embed_type", addition_embed_type, (None, "text_time"))
+        config, slim = self.config, ControlNetXSAdapter._init_parameters()
+        own: dict[str, Any] = {key: config.get(f"ctrl_{key}", config.get(key)) for key in slim} | {
+            "base_block_out_channels": block_out_channels
+        }
+        try:
+            control = ControlNetXSAdapter(**own)
+        except ConfigError as error:
+            raise ConfigError(f"the slim side, whose keys begin with ctrl_: {error}") from error
+        _levels(config)  # names the number of heads as this class does if it does not fit
+        known = UNet2DConditionModel._init_parameters()
+        heads = {"attention_head_dim": num_attention_heads, "num_attention_heads": None}
+        unet = UNet2DConditionModel(**{key: value for key, value in config.items() if key in known} | heads, norm_eps=1e-6)
+        for name, part in _join(unet, control).items():
+            setattr(self, name, part)
+        self.base_conv_norm_out.eps = 1e-5  # the layers before have another
 
     @classmethod
     def from_unet(
@@ -428,16 +345,11 @@ class UNetControlNetXSModel(ModelMixin):
             widths = f"{list(own.base_block_out_channels)}, not {list(theirs.block_out_channels)}"
             raise ConfigError(f"controlnet was made for a U-Net with block_out_channels={widths}: use the one made for this U-Net")
         known = cls._init_parameters()
-        values = {key: value for key, value in theirs.items() if key in known and key != "num_attention_heads"}
-        renamed = {key: f"ctrl_{key}" for key in own if f"ctrl_{key}" in known}
-        network = cls(
-            **values, num_attention_heads=theirs.attention_head_dim, time_embedding_mix=own.time_embedding_mix,
-            **{name: own[key] for key, name in renamed.items()},
-        )  # fmt: skip
-        network.load_state_dict(
-            {_renamed(k, _BASE_NAMES): v for k, v in unet.state_dict().items()}
-            | {_renamed(k, _CONTROL_NAMES): v for k, v in controlnet.state_dict().items()}
-        )
+        values = {key: value for key, value in theirs.items() if key in known}
+        values |= {f"ctrl_{key}": value for key, value in own.items() if f"ctrl_{key}" in known}
+        values |= {"num_attention_heads": theirs.attention_head_dim, "time_embedding_mix": own.time_embedding_mix}
+        network = cls(**values)
+        network.load_state_dict(nn.ModuleDict(_join(unet, controlnet)).state_dict())
         return network.to(dtype=unet.dtype, device=unet.device)
 
     def freeze_unet_params(self) -> None:
@@ -473,26 +385,21 @@ class UNetControlNetXSModel(ModelMixin):
         self._check_inputs(sample, controlnet_cond if apply_control else None, class_labels, apply_control)
         temb = self._embed_time(sample, timestep, timestep_cond, added_cond_kwargs or {}, apply_control)
         mask = None if attention_mask is None else additive_mask(attention_mask, temb.dtype)
-        c, scale = (
-            Conditions(temb, nn.functional.silu(temb), encoder_hidden_states, mask, None, options),
-            read_scale(conditioning_scale, temb),
-        )
-        sample = pixels_last(sample)
+        c = Conditions(temb, nn.functional.silu(temb), encoder_hidden_states, mask, None, options)
+        scale, sample = read_scale(conditioning_scale, temb), pixels_last(sample)
         x, control = self.base_conv_in(sample), None
         if apply_control and controlnet_cond is not None:
             picture = controlnet_cond.flip(1) if self.config.ctrl_conditioning_channel_order == "bgr" else controlnet_cond
             control = self.ctrl_conv_in(sample) + self.controlnet_cond_embedding(picture)
             x = x + self.control_to_base_for_conv_in(control) * scale
-        states, control_states = [x], [control]
+        states = [(x, control)]
         for block in self.down_blocks:
-            x, control, new, control_new = self.run_block(block, x, control, c, scale)
+            x, control, new = self.run_block(block, x, control, c, scale)
             states += new
-            control_states += control_new
-        x, _ = self.run_block(self.mid_block, x, control, c, scale)
-        for i, block in enumerate(self.up_blocks):
-            end = len(states) - i * (_LAYERS + 1)
-            own = slice(end - _LAYERS - 1, end)
-            x = self.run_block(block, x, states[own], control_states[own], c, scale)
+        x = self.run_block(self.mid_block, x, control, c, scale)
+        for block in self.up_blocks:
+            states, taken = states[: -_LAYERS - 1], states[-_LAYERS - 1 :]
+            x = self.run_block(block, x, taken, c, scale)
         x = self.base_conv_out(activate(self.base_conv_act, self.base_conv_norm_out(x)))
         return ControlNetXSOutput(x) if return_dict else (x,)
 
@@ -526,11 +433,3 @@ class UNetControlNetXSModel(ModelMixin):
         if self.base_add_embedding is not None:
             temb = temb + self.base_add_embedding(text_and_sizes(added, config.addition_time_embed_dim, True, 0).to(dtype))
         return temb
-
-
-def _renamed(name: str, rules: Sequence[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        name, found = re.subn(pattern, replacement, name)
-        if found:
-            break
-    return name
