@@ -199,3 +199,14 @@ def test_latent_upscaler_refuses_flow_schedulers(checkpoint: Checkpoint, schedul
     pipe.scheduler = type(scheduler).from_config({**scheduler.config, "shift": 3.0})
     with pytest.raises(ValueError, match=f"scheduler={type(scheduler).__name__} is set up for a flow model"):
         pipe(prompt="a", image=tiny.picture(), num_inference_steps=2)
+
+
+def test_networks_of_masks_and_others_are_told_apart(checkpoint: Checkpoint) -> None:
+    folder, _ = checkpoint("StableDiffusion3ControlNetInpaintingPipeline")
+    pipe = sfumato.StableDiffusion3ControlNetInpaintingPipeline.from_pretrained(folder)
+    call = {"prompt": "a", "num_inference_steps": 2, "height": 32, "width": 32, "control_image": tiny.picture()}
+    with pytest.raises(ValueError, match="control_mask=None: pass a mask of the region of control_image"):
+        pipe(**call)
+    other = sfumato.StableDiffusion3ControlNetPipeline.from_pretrained(checkpoint("StableDiffusion3ControlNetPipeline")[0])
+    with pytest.raises(ValueError, match="extra_conditioning_channels=0, not 1 for a mask: use StableDiffusion3ControlNetPipeline"):
+        type(pipe).from_pipe(pipe, controlnet=other.controlnet)(**call, control_mask=tiny.mask())

@@ -87,11 +87,9 @@ class MaskedControlNet(LatentControlNet):
         if run.args.control_mask is None:
             raise ValueError("control_mask=None: pass a mask of the region of control_image to paint anew")
         for network in self.networks(run):
-            if network.config.extra_conditioning_channels != 1:
-                raise ValueError(
-                    f"controlnet has extra_conditioning_channels={network.config.extra_conditioning_channels}, one trained on masks "
-                    "has 1: use StableDiffusion3ControlNetPipeline"
-                )
+            if (channels := network.config.extra_conditioning_channels) != 1:
+                wrong = f"controlnet has extra_conditioning_channels={channels}, not 1 for a mask"
+                raise ValueError(f"{wrong}: use StableDiffusion3ControlNetPipeline")
 
     def picture(self, run: Run, image: Any, network: Any) -> torch.Tensor:
         """A picture as latents, black where it is to be painted, and 1 where it is kept, (B, C + 1, h, w)."""

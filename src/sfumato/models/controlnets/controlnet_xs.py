@@ -113,9 +113,9 @@ class ControlNetXSAdapter(ModelMixin):
             ]
             parts: dict[str, nn.Module] = {"resnets": nn.ModuleList(resnets)}
             if self.config.down_block_types[i] == "CrossAttnDownBlock2D":
-                sizes: Any = (width, level.heads, level.cross_attention_dim, level.depth, self._groups(width))
-                linear = self.config.use_linear_projection
-                parts["attentions"] = nn.ModuleList(Transformer2D(*sizes, linear_projection=linear) for _ in read)
+                linear, groups = self.config.use_linear_projection, self._groups(width)
+                sizes: Any = (width, level.heads, level.cross_attention_dim, level.depth, groups, linear)
+                parts["attentions"] = nn.ModuleList(Transformer2D(*sizes) for _ in read)
             if i < len(widths) - 1:
                 parts["downsamplers"] = Downsample2D(width + base, out_channels=width)
                 read.append((width, base))
