@@ -10,7 +10,7 @@ import torch
 from diffusers.models import attention_processor as theirs
 
 import sfumato
-from sfumato.models.layers import backends
+from sfumato.models.layers import backends, compute
 from sfumato.models.layers.attention import attend
 from sfumato.models.layers.processors import AttnProcessor
 
@@ -111,3 +111,30 @@ def test_a_processor_of_ones_own_is_called_in_the_chosen_layers() -> None:
         network.set_attn_processor({**given, "down.attn9.processor": Spy()})
     with pytest.raises(ValueError, match="have no processor"):
         network.set_attn_processor(dict(list(given.items())[:1]))
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_attention_on_a_cpu_is_the_formula(dtype: torch.dtype, emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "_lacks_bfloat16", lambda: emulated)
+    monkeypatch.setattr(compute, "MAX_SCORES", 100 * 300)  # several pieces, the last one smaller
+    query, key, value = (noise(2, count, 128, seed=seed).to(dtype) for seed, count in enumerate((250, 300, 300)))
+    with torch.no_grad():
+        found = attend(query, key, value, 2)
+        alone = attend(query[1:], key[1:], value[1:], 2)
+    heads = [x.double().unflatten(2, (2, 64)).transpose(1, 2) for x in (query, key, value)]
+    expected = ((heads[0] @ heads[1].mT / 8).softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
+    assert found.dtype is dtype and (found - expected).abs().max() < (2e-6 if dtype is torch.float32 else 5e-3)
+    assert torch.equal(found[1:], alone)  # whatever the batch
+
+
+def test_large_attention_on_a_cpu_spares_torch_s_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(compute.F, "scaled_dot_product_attention", lambda *args: calls.append(1) or args[0])
+    x = noise(1, 260, 64)
+    with torch.no_grad():
+        attend(x, x, x, 1)
+        assert not calls
+        attend(x[:, :200], x[:, :200], x[:, :200], 1)  # small
+    attend(x, x, x, 1)  # with gradients
+    assert len(calls) == 2

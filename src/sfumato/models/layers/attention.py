@@ -27,8 +27,6 @@ def attend(
     """
     # (B, N, heads * D) -> (B, heads, N, D), views only
     query, key, value = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value))
-    if backend == "native":
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
     return backends.compute(backend, query, key, value, mask).transpose(1, 2).flatten(2)
 
 

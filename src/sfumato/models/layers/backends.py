@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...errors import did_you_mean
+from .compute import attention
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 HALVES = (torch.float16, torch.bfloat16)
@@ -55,7 +56,7 @@ class Backend:
 
 
 def _native(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return F.scaled_dot_product_attention(query, key, value, mask) if mask is not None else attention(query, key, value)
 
 
 def _torch_kernel(kind: SDPBackend) -> Kernel:
@@ -127,7 +128,7 @@ BACKENDS: dict[str, Backend] = {
     "sage": Backend(_sage, "sageattention", "sageattention", masks=False, dtypes=HALVES, head_sizes=(64, 96, 128), cuda=True),
     "xformers": Backend(_xformers, "xformers", "xformers", cuda=True),
 }
-"""By the names of the field; ``native`` lets torch choose its kernel by mask, dtype and head size."""
+"""By the names of the field; ``native`` lets torch choose its kernel by mask, dtype and head size, on a CPU beside our own."""
 
 
 def find_backend(name: str) -> Backend:
