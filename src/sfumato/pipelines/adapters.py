@@ -75,6 +75,9 @@ class Adapter:
         raise NotImplementedError
 
 
+GUIDANCE_PARTS = ("control_guidance_start", "control_guidance_end")
+
+
 def each_of(value: Any, count: int, name: str) -> list[Any]:
     """One value for each of ``count`` networks, from a list of so many or from one for all."""
     if not isinstance(value, (list, tuple)):
@@ -144,44 +147,35 @@ class ControlNet(Adapter):
 
     def check(self, run: Run) -> None:
         super().check(run)
-        args = run.args
-        count = len(self.networks(run))
-        for name in ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"):
-            for value in each_of(getattr(args, name), max(count, self._pictures(run, count)), name):
+        for network, picture, mode, scale, start, end in self._given(run):
+            for value in each_of(scale, len(self._kinds(network, mode, picture)[1]), "controlnet_conditioning_scale"):
                 if not isinstance(value, (Real, torch.Tensor)):
-                    raise ValueError(f"{name}={value!r} must be a number, or one for each control network")
-        starts, ends = (each_of(getattr(args, f"control_guidance_{x}"), count, f"control_guidance_{x}") for x in ("start", "end"))
-        for start, end in zip(starts, ends, strict=True):
-            if not 0 <= start < end <= 1:
-                raise ValueError(
-                    f"control_guidance_start={start} and control_guidance_end={end} must be parts of the steps, 0 to 1, in order"
-                )
+                    raise ValueError(f"controlnet_conditioning_scale={value!r} must be a number, or one for each control network")
+            if not all(isinstance(part, Real) for part in (start, end)) or not 0 <= start < end <= 1:
+                parts = f"control_guidance_start={start!r} and control_guidance_end={end!r}"
+                raise ValueError(f"{parts} must be parts of the steps, 0 to 1, in order")
 
-    def _pictures(self, run: Run, count: int) -> int:
-        """For one union network, the number of its pictures."""
-        modes = run.args.control_mode
-        return len(modes) if count == 1 and isinstance(modes, (list, tuple)) else count
+    def _given(self, run: Run) -> list[tuple[Any, ...]]:
+        """Each network with what is its own of the arguments: pictures, mode, scale, start and end."""
+        columns = [self.networks(run)]
+        count, pictures = len(columns[0]), getattr(run.args, self.image)
+        if count > 1 and (not isinstance(pictures, (list, tuple)) or len(pictures) != count):
+            raise ValueError(f"{self.image} must be a list of {count}, a picture (or a list of them) for each control network")
+        for name in (self.image, "control_mode", "controlnet_conditioning_scale", *GUIDANCE_PARTS):
+            value = getattr(run.args, name)
+            columns.append([value] if count == 1 and name not in GUIDANCE_PARTS else each_of(value, count, name))
+        return list(zip(*columns, strict=True))
 
     def processor(self, run: Run) -> VaeImageProcessor:
         """What turns a picture into the tensor (1, 3, H, W) that the networks read."""
         return VaeImageProcessor(vae_scale_factor=run.pipe.vae_scale_factor, do_convert_rgb=True, do_normalize=False)
 
     def prepare(self, run: Run) -> Controls:
-        args, networks = run.args, self.networks(run)
-        count = len(networks)
-        given = getattr(args, self.image)
-        own = given if count > 1 else [given]
-        if count > 1 and (not isinstance(own, (list, tuple)) or len(own) != count):
-            raise ValueError(f"{self.image} must be a list of {count}, a picture (or a list of them) for each control network")
-        modes = args.control_mode if count > 1 and isinstance(args.control_mode, (list, tuple)) else [args.control_mode] * count
-        scales = args.controlnet_conditioning_scale
-        scales = each_of(scales, count, "controlnet_conditioning_scale") if count > 1 else [scales]
-        starts, ends = (each_of(getattr(args, f"control_guidance_{x}"), count, "") for x in ("start", "end"))
         controls = []
-        for network, picture, mode, scale, start, end in zip(networks, own, modes, scales, starts, ends, strict=True):
+        for network, picture, mode, scale, start, end in self._given(run):
             kinds, pictures = self._kinds(network, mode, picture)
             tensors = [self.picture(run, p, network) for p in pictures]
-            guess = args.guess_mode or bool(network.config.get("global_pool_conditions"))
+            guess = run.args.guess_mode or bool(network.config.get("global_pool_conditions"))
             controls.append(Control(network, tensors, kinds, scale, start, end, guess))
         return Controls(controls)
 

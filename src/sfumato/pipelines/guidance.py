@@ -84,9 +84,7 @@ class Guidance:
         return guided
 
 
-@dataclass
-class NoGuidance(Guidance):
-    """One conditional prediction."""
+NoGuidance = Guidance  # what callers call it
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch
 
 from ..errors import SfumatoError, did_you_mean, refuse_unknown
 from .conditioning import Conditioning, take_branches
-from .guidance import WHOLE, Guidance, NoGuidance, Weakening
+from .guidance import WHOLE, Guidance, Weakening
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -92,7 +92,7 @@ class Run:
         self.args = args  # the call's arguments by name
         self.scheduler: Any = pipe.scheduler.fresh()  # this run's own copy
         self.batch = 0  # number of pictures
-        self.guidance: Guidance = NoGuidance()  # how predictions combine
+        self.guidance: Guidance = Guidance()  # how predictions combine
         self.conditioning = Conditioning()  # tensors for the denoiser, all guidance branches stacked along the batch
         self.channels: torch.Tensor | None = None  # extra channels beside the latents, all branches stacked
         self.adapters: list[ActiveAdapter] = []  # what else conditions the denoiser
@@ -156,22 +156,34 @@ class Run:
             x = self.scheduler.scale_model_input(torch.cat([x, self.channels], dim=1), t)
             return [Request(x, t.expand(len(x)), self.conditioning)]
         x = self.scheduler.scale_model_input(x, t)
-        return [self._request(x, branches, weakening) for weakening, branches in self._grouped().items()]
+        groups = self._grouped()
+        needed = sorted({branch for branches in groups.values() for branch in branches})
+        extras, requests = self._extras(x, needed), []  # once for all that evaluate a branch
+        for weakening, branches in groups.items():
+            own = extras.branches([needed.index(branch) for branch in branches], len(needed), self.batch)
+            requests.append(self._request(x, branches, weakening, own))
+        return requests
 
-    def _request(self, x: torch.Tensor, branches: list[int], weakening: Weakening) -> Request:
-        all_branches = self.guidance.branches
+    def _inputs(self, x: torch.Tensor, branches: list[int]) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
+        """Latents, times and conditioning of branches, stacked along the batch."""
         x = torch.cat([x] * len(branches)) if len(branches) > 1 else x
-        t = self.task.time(self).expand(len(x))
-        conditioning = self.conditioning.branches(branches, all_branches, self.batch)
-        extras = [adapter.extras(self, x, t, conditioning, branches) for adapter in self.adapters]
-        for extra in extras:
-            conditioning = conditioning.plus(extra)
+        return x, self.task.time(self).expand(len(x)), self.conditioning.branches(branches, self.guidance.branches, self.batch)
+
+    def _extras(self, x: torch.Tensor, branches: list[int]) -> Conditioning:
+        """What the adapters give the denoiser for the next step."""
+        total = Conditioning()
+        for adapter in self.adapters if branches else ():
+            total = total.plus(adapter.extras(self, *self._inputs(x, branches), branches))
+        return total
+
+    def _request(self, x: torch.Tensor, branches: list[int], weakening: Weakening, extras: Conditioning) -> Request:
+        x, t, conditioning = self._inputs(x, branches)
         if self.channels is not None:
             channels = self.channels
-            if len(branches) < all_branches:
+            if len(branches) < self.guidance.branches:
                 channels = take_branches(channels, branches, self.batch)
             x = torch.cat([x, channels], dim=1)
-        return Request(x, t, conditioning, weakening)
+        return Request(x, t, conditioning.plus(extras), weakening)
 
     @torch.no_grad()
     def advance(self, predictions: list[torch.Tensor]) -> None:
