@@ -294,6 +294,18 @@ VARIED = {
     "schnell, true guidance": ("schnell", dict(true_cfg_scale=2.0, num_inference_steps=2)),
     "Kontext, no picture": ("FluxKontextPipeline", dict(image=None)),
     "Kontext, another shape": ("FluxKontextPipeline", dict(height=48, width=24, image=tiny.picture(size=(64, 32)))),
+    "Kontext paints, other sizes": (
+        "FluxKontextInpaintPipeline",
+        dict(image=tiny.picture(1, (64, 40)), mask_image=tiny.mask((50, 50))),
+    ),
+    "Kontext paints a crop": (
+        "FluxKontextInpaintPipeline",
+        dict(image=tiny.picture(1, (64, 64)), mask_image=tiny.mask((64, 64)), padding_mask_crop=4, output_type="pil"),
+    ),
+    "Kontext paints by a reference": (
+        "FluxKontextInpaintPipeline",
+        dict(image_reference=tiny.picture(5, (32, 48)), strength=1.0, true_cfg_scale=2.0),
+    ),
     "ControlNet, guess": ("StableDiffusionControlNetPipeline", dict(guess_mode=True)),
     "ControlNet, a while": ("StableDiffusionControlNetPipeline", dict(control_guidance_start=0.2, control_guidance_end=0.6)),
     "ControlNet, scale": ("StableDiffusionXLControlNetPipeline", dict(controlnet_conditioning_scale=0.4, guidance_scale=1.0)),

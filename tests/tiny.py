@@ -270,6 +270,7 @@ FLUX = {
     **dict.fromkeys(("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline"), 16),
     **dict.fromkeys(("FluxControlNetPipeline", "FluxControlNetImg2ImgPipeline", "FluxControlNetInpaintPipeline"), 16),
     **dict.fromkeys(("FluxControlPipeline", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline"), 32),
+    "FluxKontextInpaintPipeline": 16,
     "FluxFillPipeline": 48,
     "schnell": 16,
 }

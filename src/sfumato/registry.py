@@ -74,7 +74,8 @@ _MODULES: dict[str, str] = {
     " StableDiffusion3ControlNetInpaintPipeline StableDiffusion3ControlNetInpaintingPipeline",
     "families.flux_pipelines": "FluxPipeline FluxImg2ImgPipeline FluxInpaintPipeline FluxControlNetPipeline FluxFillPipeline"
     " FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline FluxControlPipeline FluxControlImg2ImgPipeline"
-    " FluxControlInpaintPipeline FluxKontextPipeline FluxControlNetFillPipeline FluxControlNetKontextPipeline",
+    " FluxControlInpaintPipeline FluxKontextPipeline FluxKontextInpaintPipeline FluxControlNetFillPipeline"
+    " FluxControlNetKontextPipeline",
     "families.pag_pipelines": "StableDiffusionPAGPipeline StableDiffusionPAGImg2ImgPipeline StableDiffusionPAGInpaintPipeline"
     " StableDiffusionControlNetPAGPipeline StableDiffusionControlNetPAGInpaintPipeline StableDiffusionXLPAGPipeline"
     " StableDiffusionXLPAGImg2ImgPipeline StableDiffusionXLPAGInpaintPipeline StableDiffusionXLControlNetPAGPipeline"

@@ -108,6 +108,39 @@ SIZES = (
 """Widths and heights that Kontext was trained with."""
 
 
+def fitted(run: Run, picture: Any) -> tuple[int, int]:
+    """Height and width, in pixels, at which the denoiser sees a picture."""
+    height, width = run.pipe.image_processor.get_default_height_width(picture[0] if isinstance(picture, list) else picture)
+    if run.args._auto_resize:
+        ratio = width / height
+        width, height = min(SIZES, key=lambda size: abs(ratio - size[0] / size[1]))
+    multiple = run.pipe.size_multiple
+    return height // multiple * multiple, width // multiple * multiple
+
+
+def mode_latents(run: Run, pixels: torch.Tensor, what: str) -> torch.Tensor:
+    """Latents of pictures (b, 3, H, W), the mode of their posterior, one for each picture of the run."""
+    form = run.pipe.latent_format
+    latents = form.scaled(form.encode(pixels.to(run.device), mode=True))
+    return per_picture(latents.to(run.pipe.compute_dtype), run.batch, what)
+
+
+def refer(run: Run, image: Any) -> None:
+    """Lets the denoiser see pictures beside its own: a list of lists has several for each picture."""
+    nested = isinstance(image, (list, tuple)) and image and isinstance(image[0], (list, tuple))
+    found = []
+    for pictures in zip(*image, strict=True) if nested else [image]:
+        given = list(pictures) if isinstance(pictures, tuple) else pictures
+        if isinstance(given, torch.Tensor) and given.shape[1] == run.pipe.latent_format.channels:
+            latents = per_picture(given.to(run.device, run.pipe.compute_dtype), run.batch, "reference picture")
+        else:
+            height, width = fitted(run, given)
+            pixels = run.pipe.image_processor.preprocess(given, height=height, width=width)
+            latents = mode_latents(run, pixels, "reference picture")
+        found.append(torch.cat([latents] * run.guidance.branches))
+    run.conditioning = run.conditioning.plus(numbered("references", found))
+
+
 class Reference(Task):
     """Text to picture, with pictures that the denoiser sees beside its own."""
 
@@ -122,37 +155,39 @@ class Reference(Task):
 
     def prepare(self, run: Run) -> None:
         if run.args.image is not None:
-            latents = [self._latents(run, picture) for picture in self._pictures(run.args.image)]
-            rows = [torch.cat([x] * run.guidance.branches) for x in latents]
-            run.conditioning = run.conditioning.plus(numbered("references", rows))
+            refer(run, run.args.image)
         super().prepare(run)
 
-    def _pictures(self, image: Any) -> list[Any]:
-        """Reference pictures: a list of lists has several for each picture."""
-        nested = isinstance(image, (list, tuple)) and image and isinstance(image[0], (list, tuple))
-        return list(zip(*image, strict=True)) if nested else [image]
 
-    def _latents(self, run: Run, image: Any) -> torch.Tensor:
-        pipe, multiple = run.pipe, run.pipe.size_multiple
-        image = list(image) if isinstance(image, tuple) else image
-        if isinstance(image, torch.Tensor) and image.shape[1] == pipe.latent_format.channels:
-            return per_picture(image.to(run.device, pipe.compute_dtype), run.batch, "reference picture")
-        processor = pipe.image_processor
-        height, width = processor.get_default_height_width(image[0] if isinstance(image, list) else image)
-        if run.args._auto_resize:
-            ratio = width / height
-            width, height = min(SIZES, key=lambda size: abs(ratio - size[0] / size[1]))
-        height, width = height // multiple * multiple, width // multiple * multiple
-        tensor = processor.preprocess(image, height=height, width=width)
-        form = pipe.latent_format
-        latents = form.scaled(form.encode(tensor.to(run.device), mode=True))
-        return per_picture(latents.to(pipe.compute_dtype), run.batch, "reference picture")
+class ReferenceInpaint(Inpaint):
+    """Inpainting at the picture's size by a denoiser that sees the picture, or others, beside its own."""
+
+    arguments = "image image_reference mask_image height width padding_mask_crop strength latents max_area _auto_resize"
+
+    def size(self, run: Run) -> tuple[int, int]:
+        return fitted(run, run.args.image)
+
+    def encode(self, run: Run, image: torch.Tensor) -> torch.Tensor:
+        return mode_latents(run, image, "image")
+
+    def prepare(self, run: Run) -> None:
+        super().prepare(run)
+        reference = run.args.image_reference
+        refer(run, run.kept.source if reference is None else reference)
 
 
 class FluxKontextPipeline(Flux, task=Reference(), defaults=FEW):
     """Pictures from text and pictures to edit or to refer to."""
 
     order = "image " + Flux.order.replace("image mask_image", "mask_image", 1)
+
+
+class FluxKontextInpaintPipeline(Flux, task=ReferenceInpaint(), defaults={**FEW, "strength": 1.0}):
+    """Paints a masked region anew, from text and a picture to refer to."""
+
+    order = "image image_reference mask_image " + Flux.order.replace("image mask_image ", "", 1).replace(
+        "padding_mask_crop strength", "strength padding_mask_crop"
+    )
 
 
 class FluxControlNetFillPipeline(

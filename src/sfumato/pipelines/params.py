@@ -64,6 +64,7 @@ CATALOGUE: dict[str, Parameter] = {
     "adapter_conditioning_scale": Parameter(1.0, "Weight of the T2I-Adapter's features, or one for each adapter."),
     "adapter_conditioning_factor": Parameter(1.0, "Part of the steps, 0 to 1, until which the T2I-Adapter acts."),
     "image": Parameter(None, "Picture(s) to start from or to condition on: PIL, array, tensor, path or URL."),
+    "image_reference": Parameter(None, "Picture(s) to refer to; the picture that is painted on when not given."),
     "mask_image": Parameter(None, "Mask: white is painted anew, black is kept."),
     "masked_image_latents": Parameter(None, "Latents of the masked picture, instead of encoding it."),
     "padding_mask_crop": Parameter(None, "Margin in pixels: work on the masked region only, enlarged, and paste it back."),

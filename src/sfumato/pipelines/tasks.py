@@ -184,9 +184,13 @@ class ImageToImage(Task):
     def truncate(self, run: Run) -> None:
         run.pipe.truncate(run)
 
+    def encode(self, run: Run, image: torch.Tensor) -> torch.Tensor:
+        """Latents of pictures (b, 3, H, W), one for each picture of the run."""
+        return encode_pictures(run, image)
+
     def prepare(self, run: Run) -> None:
         height, width = self.size(run)
-        latents = encode_pictures(run, run.pipe.image_processor.preprocess(run.args.image, height=height, width=width))
+        latents = self.encode(run, run.pipe.image_processor.preprocess(run.args.image, height=height, width=width))
         if run.args.latents is not None:
             latents = self.noise_of_shape(run, tuple(latents.shape))
         elif run.pipe.adds_noise(run):
@@ -289,7 +293,7 @@ class Inpaint(ImageToImage):
         hidden = self._mask_latents(run, image, pixel_mask) if self.masks_first else None
         by_channels, noisy = pipe.input_channels == 9, pipe.adds_noise(run)
         needed = not by_channels or (args.latents is None and (args.strength < 1 or not noisy))
-        source = encode_pictures(run, image) if needed else None
+        source = self.encode(run, image) if needed else None
         noise = self.noise(run)
         if not noisy and source is not None:
             run.latents = source
@@ -309,7 +313,7 @@ class Inpaint(ImageToImage):
             masked = image if image.shape[1] == form.channels else image * (pixel_mask < 0.5)
         size = [side // form.factor for side in pixel_mask.shape[-2:]]
         mask = torch.nn.functional.interpolate(pixel_mask, size=size).to(run.device, run.pipe.compute_dtype)
-        return per_picture(mask, run.batch, "mask"), encode_pictures(run, masked)
+        return per_picture(mask, run.batch, "mask"), self.encode(run, masked)
 
     def after_step(self, run: Run, latents: torch.Tensor) -> torch.Tensor:
         kept: Painting = run.kept
