@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .measure import Row, alternate, megabytes, seconds
+from .measure import Row, alternate, megabytes, processor_seconds
 
 SIDE = 32
 """Side of the picture in tokens; at 16 pixels a token 512 pixels."""
@@ -63,17 +63,17 @@ def sdxl_unet(dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def case_sdxl(runs: int) -> Iterator[Row]:
-    """One forward of SDXL's U-Net, its finest and coarsest stage and middle at full width, few layers, 512 pixels, batch 1."""
+    """A forward of SDXL's U-Net, finest and coarsest stage and middle at full width, few layers, 512 pixels; processor time."""
     yield from forwards((("SDXL U-Net", sdxl_unet),), runs)
 
 
 def case_transformers(runs: int) -> Iterator[Row]:
-    """One forward of SD 3.5 large (2 blocks) and FLUX.1 dev (2 joint, 4 single blocks) at full width, 512 pixels, batch 1."""
+    """A forward of SD 3.5 large (2 blocks) and FLUX.1 dev (2 joint, 4 single blocks) at full width, 512 pixels; processor time."""
     yield from forwards((("SD 3.5 large", sd35_large), ("FLUX.1 dev", flux_dev)), runs)
 
 
 def forwards(cases: Iterable[tuple[str, Any]], runs: int) -> Iterator[Row]:
-    """Time, turn by turn, and memory of a forward, in float32 and in bfloat16."""
+    """Processor time, turn by turn, and memory of a forward, in float32 and in bfloat16."""
     for name, make in cases:
         for dtype in (torch.float32, torch.bfloat16):
             networks, arguments = make(dtype)
@@ -83,7 +83,7 @@ def forwards(cases: Iterable[tuple[str, Any]], runs: int) -> Iterator[Row]:
                     network(**arguments)
 
             case = f"{name}, {str(dtype)[6:]}"
-            for unit, measure, turns in (("s", seconds, runs), ("MB", megabytes, 1)):
+            for unit, measure, turns in (("s", processor_seconds, runs), ("MB", megabytes, 1)):
                 functions = {key: lambda n=n, m=measure: m(lambda: forward(n)) for key, n in networks.items()}
                 found = alternate(functions, turns)
                 yield case if unit == "s" else f"{case}, memory above the weights", unit, found["diffusers"], found["sfumato"]
