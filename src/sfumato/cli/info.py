@@ -108,7 +108,8 @@ def headers(source: Source, part: str) -> list[list[dict[str, Any]]]:
 
         api, repository, revision = HfApi(token=source.token), str(source.name), source.revision
         try:
-            files = [Path(f) for f in api.list_repo_files(repository, revision=revision) if f.startswith(f"{part}/")]
+            siblings = api.model_info(repository, revision=revision).siblings or []  # one request: listing files would retry
+            files = [Path(s.rfilename) for s in siblings if s.rfilename.startswith(f"{part}/")]
             chosen = [f.as_posix() for f in plain_files(f for f in files if f.suffix == ".safetensors")]
             metadata = [api.parse_safetensors_file_metadata(repository, f, revision=revision) for f in chosen]
             return [[vars(t) for t in m.tensors.values()] for m in metadata]
