@@ -341,6 +341,19 @@ def test_compiles_with_residuals_and_does_not_compile_again_for_a_scale() -> Non
     assert_same([compiled(**arguments).sample], [sd3(**arguments).sample])
 
 
+@torch.no_grad()
+def test_compiles_with_what_a_call_asks_of_attention() -> None:
+    network, arguments = ours("flux dev"), inputs("flux dev")
+    size = tuple(int(side) + 1 for side in arguments["img_ids"][:, 1:].amax(dim=0))
+    layers = frozenset(m for m in network.modules() if isinstance(m, JointAttention))
+    for asked in ({"regions": noise(2, 1, *size) > 0}, {"perturbation": Perturbation("blur", layers, 1.0)}):
+        torch._dynamo.reset()
+        compiled = torch.compile(network, backend="eager", fullgraph=True)
+        found = compiled(**arguments, joint_attention_kwargs=AttentionOptions(**asked, size=size)).sample
+        expected = network(**arguments, joint_attention_kwargs=AttentionOptions(**asked)).sample  # which counts the places
+        assert_same([found], [expected])
+
+
 # --- what a call asks of attention
 
 

@@ -96,7 +96,7 @@ class Flux(FluxPicturePrompts):
         for name in RESIDUALS:
             residuals[name] = [F.pad(residual, (0, 0, 0, others)) for residual in conditioning.several(name)] or None
         repeat = "controlnet" in self.component_names and reads_pictures(self.controlnet)
-        options = attention_options(conditioning, weakening)
+        options = attention_options(conditioning, weakening, (height // 2, width // 2))
         network = network_of(self, weakening)
         out = network(
             timestep=t / 1000, **tokens, **residuals, controlnet_blocks_repeat=repeat, joint_attention_kwargs=options,
@@ -127,7 +127,7 @@ class Flux(FluxPicturePrompts):
         condition = picture if reads_pictures(network) else self.pack(picture)
         found = network(
             controlnet_cond=condition, controlnet_mode=mode, conditioning_scale=control.scale, timestep=t / 1000, **inputs,
-            joint_attention_kwargs=region_options(conditioning), return_dict=False,
+            joint_attention_kwargs=region_options(conditioning, (x.shape[2] // 2, x.shape[3] // 2)), return_dict=False,
         )  # fmt: skip
         named = [numbered(name, part or ()) for name, part in zip(RESIDUALS, found, strict=True)]
         return {**named[0], **named[1]}

@@ -195,16 +195,18 @@ def network_of(pipe: ImagePipeline, weakening: Weakening) -> nn.Module:
     return pipe.denoiser if weakening.network is None else weakening.network
 
 
-def attention_options(conditioning: Conditioning, weakening: Weakening) -> AttentionOptions | None:
-    """What the conditioning and a weakening ask of the layers; ``None`` for nothing."""
+def attention_options(
+    conditioning: Conditioning, weakening: Weakening, size: tuple[int, int] | None = None
+) -> AttentionOptions | None:
+    """What the conditioning and a weakening ask of the layers, with the picture's ``size`` in tokens; ``None`` for nothing."""
     regions, scales, freeu = (conditioning.get(name) for name in ("regions", "image_scales", "freeu"))
     tokens, masks = conditioning.several("image_tokens"), conditioning.several("image_masks")
     if regions is None and freeu is None and not tokens and weakening.perturbation is None:
         return None
-    return AttentionOptions(weakening.perturbation, regions, tokens, scales, masks, freeu)
+    return AttentionOptions(weakening.perturbation, regions, tokens, scales, masks, freeu, size)
 
 
-def region_options(conditioning: Conditioning) -> AttentionOptions | None:
+def region_options(conditioning: Conditioning, size: tuple[int, int] | None = None) -> AttentionOptions | None:
     """What a control network is asked: to keep prompts to their regions."""
     regions = conditioning.get("regions")
-    return None if regions is None else AttentionOptions(regions=regions)
+    return None if regions is None else AttentionOptions(regions=regions, size=size)

@@ -39,6 +39,8 @@ class AttentionOptions:
         image_scales: Weight of each picture in each of the L layers that IP-Adapters reach, (B, L, pictures of all adapters).
         image_masks: Where the pictures of each IP-Adapter act, (B, pictures, H, W) at any resolution; empty for everywhere.
         freeu: Factors (B, 2, 2) of the first two stages of a U-Net's way up: of the skip connection and of the features.
+        size: Height and width of the picture in tokens, for a network that reads a sequence (FLUX.1), where anything above needs
+            them; without it the network counts its tokens' places, which breaks the graph of a compiled one.
     """
 
     perturbation: Perturbation | None = None
@@ -47,6 +49,7 @@ class AttentionOptions:
     image_scales: torch.Tensor | None = None
     image_masks: tuple[torch.Tensor, ...] = ()
     freeu: torch.Tensor | None = None
+    size: tuple[int, int] | None = None
 
     def perturbs(self, layer: nn.Module, kind: str) -> bool:
         """Whether ``layer`` is weakened in the way of ``kind``."""

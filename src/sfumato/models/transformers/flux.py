@@ -86,7 +86,7 @@ class FluxBase(ModelMixin):
         times = time_tensor(timestep, x).to(x.dtype) * 1000
         scales = None if guidance is None else time_tensor(guidance, x).to(x.dtype) * 1000
         condition = nn.functional.silu(self.time_text_embed(times, pooled, scales))
-        size = _grid_size(ids[1]) if _needs_size(options) else None
+        size = (options.size or _grid_size(ids[1])) if _needs_size(options) else None
         mask = regions_within(options, size, text.shape[1], x.shape[1], before=0 if prefix is None else 1)
         tokens = self.context_embedder(text)
         if prefix is not None:
