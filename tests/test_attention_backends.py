@@ -8,16 +8,12 @@ import pytest
 import tiny
 import torch
 from diffusers.models import attention_processor as theirs
+from tiny import noise
 
 import sfumato
 from sfumato.models.layers import backends, compute
 from sfumato.models.layers.attention import attend
 from sfumato.models.layers.processors import AttnProcessor
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
 
 MASKS = {"none": None, "boolean": noise(2, 1, 5, 7, seed=4) > -0.5, "additive": noise(2, 1, 1, 7, seed=5)}
 

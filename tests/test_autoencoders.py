@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as ReferenceDistribution
 from safetensors.torch import load_file, save_file
+from tiny import noise, randomize
 
 from sfumato.models.autoencoders.autoencoder_asym_kl import AsymmetricAutoencoderKL
 from sfumato.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -57,24 +58,11 @@ CASES: dict[str, tuple[type, dict[str, Any]]] = {
 }
 
 
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def spread(model: torch.nn.Module) -> None:
-    """Random weights that are far from trivial: norms and biases included."""
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.2
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + ("norm" in name and "weight" in name))
-
-
 def pair(case: str, folder: Path, **extra: Any) -> tuple[Any, Any]:
     """Ours, loaded from what the reference wrote, and the reference."""
     ours, kwargs = CASES[case]
     reference = getattr(diffusers, ours.__name__)(**{**kwargs, **extra}).eval()
-    spread(reference)
+    randomize(reference)
     reference.save_pretrained(folder)
     return ours.from_pretrained(folder), reference
 
@@ -110,7 +98,7 @@ def test_same_results_from_the_references_folder(case: str, tmp_path: Path) -> N
 @torch.no_grad()
 def test_the_reference_loads_what_we_write(case: str, tmp_path: Path) -> None:
     ours = CASES[case][0](**CASES[case][1]).eval()
-    spread(ours)
+    randomize(ours)
     ours.save_pretrained(tmp_path)
     reference = getattr(diffusers, type(ours).__name__).from_pretrained(tmp_path)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in reference.state_dict().items()}
@@ -298,7 +286,7 @@ def test_vq_gradients_are_the_references(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["kl", "tiny", "asymmetric", "vq_spatial"])
 def test_gradient_checkpointing_gives_the_same_gradients(case: str) -> None:
     ours = CASES[case][0](**CASES[case][1])
-    spread(ours)
+    randomize(ours)
     x = picture(ours)
     if case == "tiny":
         x, work = noise(2, 4, 2, 3), lambda: ours.decode(x).sample
@@ -320,7 +308,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(case: str) -> None:
 @torch.no_grad()
 def test_compiles_without_a_graph_break(case: str, backend: str) -> None:
     ours = CASES[case][0](**CASES[case][1]).eval()
-    spread(ours)
+    randomize(ours)
     x = picture(ours)
 
     def work(x: torch.Tensor) -> torch.Tensor:
@@ -335,7 +323,7 @@ def test_compiles_without_a_graph_break(case: str, backend: str) -> None:
 @torch.no_grad()
 def test_half_precision_and_channels_last(case: str) -> None:
     ours = CASES[case][0](**CASES[case][1]).eval()
-    spread(ours)
+    randomize(ours)
     x = picture(ours)
     expected = ours(x).sample
     close(ours.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last)).sample, expected)

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from tiny import noise, randomize
 from transformer_configs import CONTROL, MAIN, PUBLISHED, TINY
 
 import sfumato
@@ -18,20 +19,6 @@ from sfumato.models.layers.compute import GELULinear, RMSNorm
 from sfumato.models.layers.joint_attention import Joint, JointAttention, JointBlock
 from sfumato.models.layers.options import AttentionOptions, Perturbation, joint_region_mask
 from sfumato.models.layers.rope import rope_table, rotate
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def randomize(model: torch.nn.Module) -> Any:
-    """Gives every parameter a value that matters."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            values = torch.randn(p.shape, generator=generator)
-            p.copy_(values / p[0].numel() ** 0.5 if p.dim() > 1 else values * 0.2 + (1.0 if "norm_" in name else 0.0))
-    return model.eval()
 
 
 def reference(name: str) -> Any:

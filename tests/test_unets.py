@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import noise, randomize
 from unet_configs import CONDITIONED, PLAIN, PUBLISHED, TINY, UNCONDITIONED
 
 from sfumato.errors import ConfigError
@@ -19,21 +20,6 @@ from sfumato.models.layers import compute
 from sfumato.models.layers.compute import Conv2d
 from sfumato.models.unets.unet_2d import UNet2DModel
 from sfumato.models.unets.unet_2d_condition import UNet2DConditionModel
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def randomize(model: torch.nn.Module) -> Any:
-    """Gives every parameter a value that matters, biases and norms included."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            values = torch.randn(p.shape, generator=generator)
-            is_matrix = p.dim() > 1
-            p.copy_(values / p[0].numel() ** 0.5 if is_matrix else values * 0.2 + (1.0 if "norm" in name else 0.0))
-    return model.eval()
 
 
 def reference(name: str) -> Any:

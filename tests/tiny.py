@@ -14,6 +14,21 @@ import transformers
 from PIL import Image
 
 
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Standard normal float32 numbers that are the same everywhere."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomize(model: torch.nn.Module) -> Any:
+    """Gives every parameter a value that matters: biases too, and weights of normalisations around 1."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            values = torch.randn(p.shape, generator=generator)
+            p.copy_(values / p[0].numel() ** 0.5 if p.dim() > 1 else values * 0.2 + (1.0 if name.endswith("weight") else 0.0))
+    return model.eval()
+
+
 def tokenizer(folder: Path) -> transformers.CLIPTokenizer:
     """A CLIP tokenizer of single bytes and a few words."""
     from tokenizers.pre_tokenizers import ByteLevel
