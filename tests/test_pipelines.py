@@ -298,10 +298,6 @@ VARIED = {
         "FluxKontextInpaintPipeline",
         dict(image=tiny.picture(1, (64, 40)), mask_image=tiny.mask((50, 50))),
     ),
-    "Kontext paints a crop": (
-        "FluxKontextInpaintPipeline",
-        dict(image=tiny.picture(1, (64, 64)), mask_image=tiny.mask((64, 64)), padding_mask_crop=4, output_type="pil"),
-    ),
     "Kontext paints by a reference": (
         "FluxKontextInpaintPipeline",
         dict(image_reference=tiny.picture(5, (32, 48)), strength=1.0, true_cfg_scale=2.0),
@@ -350,6 +346,20 @@ def test_same_picture_with_other_arguments(checkpoint: Checkpoint, case: str) ->
     if call["output_type"] == "pil":
         expected, got, tolerance = [np.asarray(p, np.float32) for p in expected], [np.asarray(p, np.float32) for p in got], 1.0
     np.testing.assert_allclose(np.asarray(got), np.asarray(expected), atol=tolerance, rtol=1e-5)
+
+
+def test_kontext_pastes_what_it_paints_in_a_crop(checkpoint: Checkpoint) -> None:
+    """The reference returns the enlarged region itself; other pipelines of its paste it."""
+    folder, reference = checkpoint("FluxKontextInpaintPipeline")
+    image, mask = tiny.picture(1, (64, 64)), tiny.mask((64, 64))
+    changes = {"image": image, "mask_image": mask, "padding_mask_crop": 4, "output_type": "pil"}
+    call = {**CALLS["FluxKontextInpaintPipeline"], **changes}
+    with torch.no_grad():
+        region = reference(**call, generator=seeded(0)).images[0]
+    place = reference.mask_processor.get_crop_region(mask, *image.size, pad=4)
+    expected = reference.image_processor.apply_overlay(mask, image, region, place)
+    got = ours(folder, reference)(**call, generator=seeded(0)).images[0]
+    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(expected, np.float32), atol=1.0)
 
 
 @pytest.mark.parametrize("argument", ["timesteps", "sigmas"])
