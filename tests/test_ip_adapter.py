@@ -15,9 +15,6 @@ from safetensors.torch import save_file
 from test_pipelines import CALLS, ours, seeded
 
 import sfumato
-from sfumato.models.layers.options import AttentionOptions
-from sfumato.pipelines.guidance import WHOLE
-from sfumato.pipelines.image import attention_options
 
 Checkpoint = Callable[[str], tuple[Path, Any]]
 KINDS = ("plain", "plus", "full", "faceid")
@@ -52,14 +49,27 @@ def projection(kind: str, dim: int, g: torch.Generator) -> dict[str, torch.Tenso
         return {**linear("proj.0", PATCH_WIDTH, PATCH_WIDTH, g), **linear("proj.2", dim, PATCH_WIDTH, g), **norm("proj.3", dim, g)}
     if kind == "plus":
         return {"latents": torch.randn(1, 4, 24, generator=g), **resampler(24, dim, g)}
+    if kind == "timed":
+        found = {"latents": torch.randn(1, 4, 24, generator=g), **resampler(24, dim, g)}
+        for i in range(4):
+            found |= linear(f"layers.{i}.2.1", 96, 24, g)
+        return {**found, **linear("time_embedding.linear_1", 24, 320, g), **linear("time_embedding.linear_2", 24, 24, g)}
     if kind == "faceid":
         return identity
     return {**identity, **{f"perceiver_resampler.{k}": v for k, v in resampler(dim, dim, g).items()}}
 
 
 def adapter_file(unet: Any, kind: str = "plain", seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
-    """An IP-Adapter for a tiny U-Net or FLUX transformer of the reference."""
+    """An IP-Adapter for a tiny U-Net or transformer of the reference."""
     g = torch.Generator().manual_seed(seed)
+    if kind == "timed":
+        dim, layers = unet.inner_dim, {}
+        for i in range(len(unet.attn_processors)):
+            layers |= {**linear(f"{i}.norm_ip.linear", 2 * dim, 24, g), **linear(f"{i}.to_k_ip", dim, dim, g, False)}
+            layers |= linear(f"{i}.to_v_ip", dim, dim, g, False)
+            for name in ("norm_q", "norm_k", "norm_ip_k"):
+                layers[f"{i}.{name}.weight"] = 1 + 0.2 * torch.randn(unet.config.attention_head_dim, generator=g)
+        return {"image_proj": projection(kind, dim, g), "ip_adapter": layers}
     if "single_transformer_blocks" in dict(unet.named_children()):
         dim = unet.config.joint_attention_dim
         names = [f"{i}.to_{x}_ip" for i in range(unet.config.num_layers) for x in "kv"]
@@ -78,21 +88,26 @@ def adapter_file(unet: Any, kind: str = "plain", seed: int = 0) -> dict[str, dic
 def pair(checkpoint: Checkpoint, name: str, *kinds: str, scale: Any = None) -> tuple[Any, Any]:
     """The reference's pipeline and ours with the same IP-Adapters."""
     folder, base = checkpoint(name)
-    encoder = tiny.image_encoder()
-    parts = {**base.components, "image_encoder": encoder, "feature_extractor": tiny.image_processor()}
+    third = "StableDiffusion3" in name
+    encoder, processor = tiny.siglip() if third else (tiny.image_encoder(), tiny.image_processor())
+    parts = {**base.components, "image_encoder": encoder, "feature_extractor": processor}
     options = {k: v for k, v in base.config.items() if k in ("requires_aesthetics_score", "requires_safety_checker")}
     denoiser = "unet" if "unet" in parts else "transformer"
     parts[denoiser] = type(parts[denoiser]).from_pretrained(folder, subfolder=denoiser)  # the checkpoint's is shared between tests
     reference = type(base)(**parts, **options)
     reference.set_progress_bar_config(disable=True)
     pipe = ours(folder, base)
-    pipe.image_encoder, pipe.feature_extractor = encoder, tiny.image_processor()
+    pipe.image_encoder, pipe.feature_extractor = encoder, processor
     if kinds:
         files = [adapter_file(parts[denoiser], kind, seed) for seed, kind in enumerate(kinds)]
-        names: dict[str, Any] = {"subfolder": [""] * len(files), "weight_name": [""] * len(files)}
-        encoder_name = {"image_encoder_pretrained_model_name_or_path": None} if denoiser == "transformer" else {}
-        reference.load_ip_adapter(files, **names, **encoder_name)
-        pipe.load_ip_adapter(files, **names)
+        if third:  # where the reference takes one alone
+            reference.load_ip_adapter(files[0])
+            pipe.load_ip_adapter(files[0])
+        else:
+            names: dict[str, Any] = {"subfolder": [""] * len(files), "weight_name": [""] * len(files)}
+            encoder_name = {"image_encoder_pretrained_model_name_or_path": None} if denoiser == "transformer" else {}
+            reference.load_ip_adapter(files, **names, **encoder_name)
+            pipe.load_ip_adapter(files, **names)
     if scale is not None:
         reference.set_ip_adapter_scale(scale)
         pipe.set_ip_adapter_scale(scale)
@@ -116,7 +131,8 @@ def call_of(name: str, kind: str = "plain", guidance: float = 4.0, **more: Any) 
     return {"ip_adapter_image": tiny.picture(4), **call}
 
 
-TEXT, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+TEXT, XL, FLUX, THIRD = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline", "StableDiffusion3Pipeline"
+KIND_OF = {TEXT: "plain", FLUX: "plain", THIRD: "timed"}
 
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0], ids=["guided", "unguided"])
@@ -300,48 +316,48 @@ def test_loading_files(checkpoint: Checkpoint, tmp_path: Path) -> None:
         fresh.load_ip_adapter(tmp_path, subfolder="models", weight_name="ip.bin")
 
 
-def test_network_compiles_with_an_adapter(checkpoint: Checkpoint) -> None:
-    _, pipe = pair(checkpoint, TEXT, "plain", "plus", scale=[0.5, 0.4])
-    call = call_of(TEXT, ip_adapter_image=[tiny.picture(4), tiny.picture(5)])
+@pytest.mark.parametrize("name", [TEXT, FLUX, THIRD])
+def test_network_compiles_with_an_adapter(checkpoint: Checkpoint, name: str) -> None:
+    """Once for all scales."""
+    several = ["timed"] if name == THIRD else ["plain", "plain"]
+    _, pipe = pair(checkpoint, name, *several)
+    call = {**CALLS[name], "ip_adapter_image": [tiny.picture(4 + i) for i in range(len(several))]}
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(pipe.unet, fullgraph=True, backend="eager")
-    graphs = 0
-    for scale in ([0.5, 0.4], [0.1, {"up": 1.0}]):
+    network = pipe.denoiser
+    compiled, graphs = torch.compile(network, fullgraph=True, backend="eager"), 0
+    for scale in ([0.5, 0.4], [0.1, {"up": 1.0}]) if name == TEXT else (0.5, 0.8):
         pipe.set_ip_adapter_scale(scale)
-        run = pipe.start(**call, generator=seeded(1))
-        request = run.requests()[0]
-        tokens = request.conditioning["encoder_hidden_states"]
-        options = {"cross_attention_kwargs": attention_options(request.conditioning, WHOLE)}
-        assert isinstance(options["cross_attention_kwargs"], AttentionOptions)
-        inputs = (request.latents, request.timesteps, tokens)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(*inputs, **options).sample, pipe.unet(*inputs, **options).sample)
+        request, found = pipe.start(**call, generator=seeded(1)).requests()[0], []
+        for each in (network, compiled):
+            setattr(pipe, pipe.denoiser_name, each)
+            with torch.no_grad():
+                found.append(pipe.predict(request.latents, request.timesteps, request.conditioning))
+        torch.testing.assert_close(*found)
         graphs = graphs or torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs == 1
 
 
-def test_runs_share_a_pass(checkpoint: Checkpoint) -> None:
-    """Runs with different pictures and scales."""
-    _, pipe = pair(checkpoint, TEXT, "plain")
-    calls = [call_of(TEXT, ip_adapter_image=tiny.picture(k)) for k in (4, 5)]
+@pytest.mark.parametrize("name", [TEXT, THIRD])
+def test_runs_share_a_pass(checkpoint: Checkpoint, name: str) -> None:
+    """Runs with different pictures and scales, one of them a step ahead."""
+    _, pipe = pair(checkpoint, name, KIND_OF[name])
     expected, runs = [], []
-    for scale, call in zip((0.3, 0.9), calls, strict=True):
+    for scale, k in ((0.3, 4), (0.9, 5)):
+        call = {**CALLS[name], "num_inference_steps": 3, "ip_adapter_image": tiny.picture(k)}
         pipe.set_ip_adapter_scale(scale)
         expected.append(pipe(**call, generator=seeded(1)).images)
         runs.append(pipe.start(**call, generator=seeded(1)))
-    for _ in range(3):
-        requests = [run.requests() for run in runs]
-        answers = sfumato.evaluate(pipe, [r for each in requests for r in each])
-        for i, run in enumerate(runs):
-            run.advance(answers[i : i + 1])
+    runs[0].step()
+    while not runs[0].done:
+        answers = sfumato.evaluate(pipe, [request for run in runs for request in run.requests()])
+        for run, answer in zip(runs, answers, strict=True):
+            run.advance([answer])
     for run, one in zip(runs, expected, strict=True):
         np.testing.assert_allclose(run.result().images, one, atol=1e-5)
 
 
 # --- FLUX ---------------------------------------------------------------------------------------------------------------
-
-FLUX = "FluxPipeline"
 
 
 def flux_call(name: str = FLUX, **more: Any) -> dict[str, Any]:
@@ -397,35 +413,119 @@ def test_flux_from_a_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert np.array_equal(fresh(**flux_call(), generator=seeded(1)).images, expected)
 
 
-def test_masks_of_flux(checkpoint: Checkpoint) -> None:
+# --- Stable Diffusion 3 -------------------------------------------------------------------------------------------------
+
+
+def third_call(name: str = THIRD, **more: Any) -> dict[str, Any]:
+    return {**CALLS[name], "num_inference_steps": 3, "guidance_scale": 4.0, "ip_adapter_image": tiny.picture(4), **more}
+
+
+def test_a_projection_that_is_told_the_time(checkpoint: Checkpoint) -> None:
+    reference, pipe = pair(checkpoint, THIRD, "timed")
+    patches, times = torch.randn(2, 5, PATCH_WIDTH, generator=torch.Generator().manual_seed(0)), torch.tensor([900.0, 20.5])
+    with torch.no_grad():
+        expected, embedded = reference.transformer.image_proj(patches, times)
+        (tokens,), (time,) = pipe.transformer.encoder_hid_proj.at_time([patches[:, None]], times)
+    torch.testing.assert_close(tokens[:, 0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(time, embedded)
+
+
+@pytest.mark.parametrize(
+    ("scale", "more"),
+    [
+        (None, {}), (0.6, {"guidance_scale": 1.0}), (0.0, {}),
+        (0.6, {"prompt": ["a red cat", "blue apple"], "negative_prompt": ["blue", "cat"], "num_images_per_prompt": 2}),
+    ],
+)  # fmt: skip
+def test_third(checkpoint: Checkpoint, scale: float | None, more: dict[str, Any]) -> None:
+    reference, pipe = pair(checkpoint, THIRD, "timed", scale=scale)
+    got = assert_same(reference, pipe, **third_call(**more))
+    assert pipe.is_ip_adapter_active == reference.is_ip_adapter_active == (scale != 0)
+    call = {k: v for k, v in third_call(**more).items() if k != "ip_adapter_image"}
+    without = assert_same(reference, pipe, **call)  # a picture need not be given
+    assert (np.abs(got - without).max() > 1e-3) == (scale != 0)
+    pipe.unload_ip_adapter()
+    assert not pipe.is_ip_adapter_active
+    assert np.array_equal(pipe(**call, generator=seeded(3)).images, without)
+
+
+@pytest.mark.parametrize(
+    "name", ["StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", "StableDiffusion3ControlNetPipeline"]
+)
+def test_third_in_other_tasks(checkpoint: Checkpoint, name: str) -> None:
+    assert_same(*pair(checkpoint, name, "timed"), **third_call(name))
+
+
+def test_embeddings_of_third(checkpoint: Checkpoint) -> None:
+    reference, pipe = pair(checkpoint, THIRD, "timed")
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.encode_image(tiny.picture(4)), reference.encode_image(tiny.picture(4), "cpu"))
+        for options in ((1, True), (2, True), (2, False)):
+            expected = reference.prepare_ip_adapter_image_embeds(tiny.picture(4), None, "cpu", *options)
+            embeds = pipe.prepare_ip_adapter_image_embeds(tiny.picture(4), None, None, *options)
+            torch.testing.assert_close(embeds, expected)
+            again = reference.prepare_ip_adapter_image_embeds(None, expected, "cpu", *options)
+            torch.testing.assert_close(pipe.prepare_ip_adapter_image_embeds(None, embeds, None, *options), again)
+        embeds = pipe.prepare_ip_adapter_image_embeds(tiny.picture(4))
+    call = {k: v for k, v in third_call().items() if k != "ip_adapter_image"}
+    got = assert_same(reference, pipe, **call, ip_adapter_image_embeds=embeds)
+    assert np.array_equal(got, pipe(**third_call(), generator=seeded(3)).images)
+
+
+@pytest.mark.parametrize("name", [FLUX, THIRD])
+def test_masks_of_transformers(checkpoint: Checkpoint, name: str) -> None:
     """Everywhere is no mask, nowhere is no adapter."""
-    _, pipe = pair(checkpoint, FLUX, "plain")
-    found = []
-    for mask in (torch.ones(1, 1, 32, 32), torch.zeros(1, 1, 32, 32)):
-        call = flux_call(joint_attention_kwargs={"ip_adapter_masks": [mask]})
-        found.append(pipe(**call, generator=seeded(1)).images)
-    np.testing.assert_allclose(found[0], pipe(**flux_call(), generator=seeded(1)).images, atol=1e-5)
+    _, pipe = pair(checkpoint, name, KIND_OF[name])
+    call = {**CALLS[name], "num_inference_steps": 3, "ip_adapter_image": tiny.picture(4)}
+    ones = torch.ones(1, 1, 32, 32)
+    whole, nowhere = (
+        pipe(**call, joint_attention_kwargs={"ip_adapter_masks": [mask]}, generator=seeded(1)).images for mask in (ones, 0 * ones)
+    )
+    np.testing.assert_allclose(whole, pipe(**call, generator=seeded(1)).images, atol=1e-5)
     pipe.set_ip_adapter_scale(0.0)
-    np.testing.assert_allclose(found[1], pipe(**flux_call(), generator=seeded(1)).images, atol=1e-5)
+    np.testing.assert_allclose(nowhere, pipe(**call, generator=seeded(1)).images, atol=1e-5)
 
 
-def test_flux_compiles_with_an_adapter(checkpoint: Checkpoint) -> None:
-    _, pipe = pair(checkpoint, FLUX, "plain")
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(pipe.transformer, fullgraph=True, backend="eager")
-    for scale in (0.5, [0.1, 0.9]):
-        pipe.set_ip_adapter_scale(scale)
-        request = pipe.start(**flux_call(), generator=seeded(1)).requests()[0]
-        inputs = pipe._inputs(request.latents, request.conditioning)
-        options = attention_options(request.conditioning, WHOLE)
-        with torch.no_grad():
-            got, expected = (
-                network(timestep=request.timesteps / 1000, **inputs, joint_attention_kwargs=options, return_dict=False)[0]
-                for network in (compiled, pipe.transformer)
-            )
-        torch.testing.assert_close(got, expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+def test_scales_by_block_of_third(checkpoint: Checkpoint) -> None:
+    """The first block has two attention layers."""
+    reference, pipe = pair(checkpoint, THIRD, "timed")
+    layers = [p for p in reference.transformer.attn_processors.values() if hasattr(p, "norm_ip")]
+    for layer, scale in zip(layers, (0.2, 0.2, 0.9, 0.5), strict=True):
+        layer.scale = scale
+    pipe.set_ip_adapter_scale([0.2, 0.9, 0.5])
+    assert_same(reference, pipe, **third_call())
+
+
+def test_several_adapters_and_pictures_of_third(checkpoint: Checkpoint) -> None:
+    """Equal adapters are one of the sum of their scales; a picture that is masked out everywhere is none."""
+    _, pipe = pair(checkpoint, THIRD, "timed", scale=0.7)
+    one = pipe(**third_call(), generator=seeded(3)).images
+    pictures, masks = [tiny.picture(4), tiny.picture(5)], torch.cat([torch.ones(1, 1, 32, 32), torch.zeros(1, 1, 32, 32)], dim=1)
+    more = {"ip_adapter_image": [pictures], "joint_attention_kwargs": {"ip_adapter_masks": [masks]}}
+    np.testing.assert_allclose(pipe(**third_call(**more), generator=seeded(3)).images, one, atol=1e-5)
+    together = pipe(**third_call(ip_adapter_image=[pictures]), generator=seeded(3)).images
+    embeds = pipe.prepare_ip_adapter_image_embeds([pictures])
+    assert [x.shape[:2] for x in embeds] == [(2, 2)]
+    again = pipe(**third_call(ip_adapter_image=None, ip_adapter_image_embeds=embeds), generator=seeded(3)).images
+    assert np.array_equal(together, again) and np.abs(together - one).max() > 1e-4
+    file = adapter_file(checkpoint(THIRD)[1].transformer, "timed")
+    pipe.load_ip_adapter([file, file], [""] * 2, [""] * 2)
+    pipe.set_ip_adapter_scale([0.3, 0.4])
+    both = pipe(**third_call(ip_adapter_image=[tiny.picture(4)] * 2), generator=seeded(3)).images
+    np.testing.assert_allclose(both, one, atol=1e-5)
+
+
+def test_third_from_a_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """With its default names, and the encoder beside it."""
+    reference, pipe = pair(checkpoint, THIRD, "timed")
+    expected = pipe(**third_call(), generator=seeded(1)).images
+    file = adapter_file(checkpoint(THIRD)[1].transformer, "timed")
+    tensors = {f"{part}.{key}": tensor for part, keys in file.items() for key, tensor in keys.items()}
+    save_file(tensors, tmp_path / "ip-adapter.safetensors")
+    reference.image_encoder.save_pretrained(tmp_path / "image_encoder")
+    fresh = ours(checkpoint(THIRD)[0], checkpoint(THIRD)[1])
+    fresh.load_ip_adapter(tmp_path)
+    assert np.array_equal(fresh(**third_call(), generator=seeded(1)).images, expected)
 
 
 # --- errors -------------------------------------------------------------------------------------------------------------
@@ -514,11 +614,13 @@ def test_files_that_cannot_work(checkpoint: Checkpoint, tmp_path: Path) -> None:
         flux(**CALLS[FLUX])
     with pytest.raises(sfumato.ConfigError, match="unload_ip_adapter"):
         flux.save_pretrained(tmp_path)
-    third = ours(*checkpoint("StableDiffusion3Pipeline"))
-    with pytest.raises(ValueError, match="takes no picture prompts"):
-        third.load_ip_adapter(file)
+    third = pair(checkpoint, THIRD)[1]
+    own = adapter_file(checkpoint(THIRD)[1].transformer, "timed")
+    for wrong, message in ((file, "another network"), ({**own, "image_proj": file["image_proj"]}, "another kind of network")):
+        with pytest.raises(sfumato.WeightsError, match=message):
+            third.load_ip_adapter(wrong)
     with pytest.raises(ValueError, match="no IP-Adapter is loaded"):
-        third(**CALLS["StableDiffusion3Pipeline"], ip_adapter_image=tiny.picture())
+        third(**CALLS[THIRD], ip_adapter_image=tiny.picture())
     folder, reference = checkpoint("StableDiffusionImageVariationPipeline")
     with pytest.raises(ValueError, match="takes no picture prompts"):
         ours(folder, reference).load_ip_adapter(file)

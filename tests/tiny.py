@@ -155,6 +155,13 @@ def image_encoder() -> Any:
     return transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**config, projection_dim=32)).eval()
 
 
+def siglip() -> tuple[Any, Any]:
+    """A tiny SigLIP vision model and what prepares its pictures."""
+    config = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
+    processor = transformers.SiglipImageProcessor(size={"height": 16, "width": 16})
+    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**config)).eval(), processor
+
+
 def build(name: str, folder: Path) -> Any:
     """Builds the tiny reference pipeline ``name`` and saves it in ``folder``; the same weights on every call."""
     with torch.random.fork_rng():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ..pipelines.checks import check_pooled, check_prompts, check_width
-from ..pipelines.ip_adapter import PicturePrompts
+from ..pipelines.ip_adapter import PicturePrompts, checked_scale, projections_of
 from ..pipelines.run import Run, accepted
 
 
@@ -18,7 +19,6 @@ class FlowFamily(PicturePrompts):
     adapters_before = "image_encoder"
     picture_sets_size = False
     rounds_skipped_steps = True
-    takes_ip_adapters = False
     attention_keywords = "joint_attention_kwargs"
     first_sigmas = False  # whether levels are spread evenly from 1 to 1 / steps, before any shift
 
@@ -51,3 +51,26 @@ class FlowFamily(PicturePrompts):
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         return least + (most - least) * (tokens - low) / (high - low)
+
+    def set_ip_adapter_scale(self, scale: Any) -> None:
+        """Sets how strongly the IP-Adapters act, in calls that start from now on.
+
+        Args:
+            scale: A number. For one IP-Adapter a list with one for each joint block; for several a list with a number, or such a
+                list, for each.
+
+        Raises:
+            ValueError: No IP-Adapter is loaded, or the scales do not fit the network.
+        """
+        adapters = projections_of(self.denoiser)
+        one = adapters is not None and len(adapters.scales) == 1
+        by_block = isinstance(scale, (list, tuple)) and not any(isinstance(each, (list, tuple)) for each in scale)
+        super().set_ip_adapter_scale([scale] if one and by_block else scale)
+
+    def scales_of_layers(self, scale: Any, names: Sequence[str]) -> tuple[Any, ...]:
+        blocks = [int(name.split(".")[1]) for name in names]  # transformer_blocks.0.attn2
+        count = len(set(blocks))
+        values = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
+        if len(values) != count:
+            raise ValueError(f"scale has {len(values)} values for {count} joint blocks: pass a number, or one for each block")
+        return tuple(checked_scale(values[block]) for block in blocks)

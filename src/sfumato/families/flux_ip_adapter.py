@@ -5,22 +5,21 @@ Quirk, kept because it changes the result of valid calls: if only one of the bra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..hub import PathLike, Source
-from ..pipelines.ip_adapter import checked_scale, projections_of
+from ..pipelines.ip_adapter import projections_of
 from ..pipelines.run import Run
 from .flow import FlowFamily
 
 
 class FluxPicturePrompts(FlowFamily):
-    """What differs from the IP-Adapters of U-Nets: where the encoder is, scales by block, pictures of the negative branch."""
+    """What differs from other IP-Adapters: where the encoder is, biases, pictures of the negative branch."""
 
-    takes_ip_adapters = True
+    adapter_weights = ("to_k_ip.weight", "to_k_ip.bias", "to_v_ip.weight", "to_v_ip.bias")
 
     def load_ip_adapter(  # type: ignore[override]
         self, pretrained_model_name_or_path_or_dict: Any, weight_name: Any = None, subfolder: Any = "",
@@ -54,27 +53,6 @@ class FluxPicturePrompts(FlowFamily):
 
         self._load_adapters(pretrained_model_name_or_path_or_dict, subfolder, weight_name, options, encoder_of)
 
-    def set_ip_adapter_scale(self, scale: Any) -> None:
-        """Sets how strongly the IP-Adapters act, in calls that start from now on.
-
-        Args:
-            scale: A number. For one IP-Adapter a list with one for each joint block; for several a list with a number, or such a
-                list, for each.
-
-        Raises:
-            ValueError: No IP-Adapter is loaded, or the scales do not fit the network.
-        """
-        adapters = projections_of(self.denoiser)
-        one = adapters is not None and len(adapters.scales) == 1
-        by_block = isinstance(scale, (list, tuple)) and not any(isinstance(each, (list, tuple)) for each in scale)
-        super().set_ip_adapter_scale([scale] if one and by_block else scale)
-
-    def scales_of_layers(self, scale: Any, names: Sequence[str]) -> tuple[Any, ...]:
-        values = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(names)
-        if len(values) != len(names):
-            raise ValueError(f"scale has {len(values)} values for {len(names)} joint blocks: pass a number, or one for each block")
-        return tuple(checked_scale(value) for value in values)
-
     def embed_pictures(self, run: Run, guided: bool) -> list[torch.Tensor]:
         args, adapters = run.args, projections_of(self.denoiser)
         assert adapters is not None  # or there would be nothing to embed
@@ -83,7 +61,7 @@ class FluxPicturePrompts(FlowFamily):
         branches = []
         for sign in ("negative_", "")[0 if guided else 1 :]:
             given = getattr(args, f"{sign}ip_adapter_image"), getattr(args, f"{sign}ip_adapter_image_embeds")
-            if given == (None, None):
+            if given[0] is None and given[1] is None:
                 given = black, None
             branches.append(self.prepare_ip_adapter_image_embeds(*given, run.device))
         if guided and any(a.shape[:2] != b.shape[:2] for a, b in zip(*branches, strict=True)):

@@ -19,7 +19,7 @@ from ..pipelines.guidance import WHOLE, Weakening
 from ..pipelines.image import attention_options, network_of, region_options
 from ..pipelines.run import NEGATIVE_EMBEDS, Named, Run, conditioned, negative
 from ..pipelines.text import encode_clips, encode_t5
-from .flow import FlowFamily
+from .stable_diffusion_3_ip_adapter import SD3PicturePrompts
 
 Texts = str | list[str] | None
 Embeds = torch.Tensor | None
@@ -28,7 +28,7 @@ ENCODERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_
 PICTURES = ("image_encoder", "feature_extractor")
 
 
-class StableDiffusion3(FlowFamily):
+class StableDiffusion3(SD3PicturePrompts):
     """The family."""
 
     family = "Stable Diffusion 3"
@@ -58,7 +58,7 @@ class StableDiffusion3(FlowFamily):
     def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, weakening: Weakening = WHOLE) -> torch.Tensor:
         inputs = {k: conditioning[k] for k in ("encoder_hidden_states", "pooled_projections")}
         residuals = list(conditioning.several("block_controlnet_hidden_states")) or None
-        options = attention_options(conditioning, weakening)
+        options = self.told_time(attention_options(conditioning, weakening), t)
         network = network_of(self, weakening)
         return network(
             x, timestep=t, **inputs, block_controlnet_hidden_states=residuals, joint_attention_kwargs=options, return_dict=False

@@ -121,9 +121,14 @@ class ModelMixin(nn.Module, ConfigMixin):
             variant: File variant, such as ``"fp16"``; the parameters are written as they are.
             max_shard_size: Bytes, or text such as ``"5GB"``; larger weights are split.
             safe_serialization: Must be true: pickle files are not written.
+
+        Raises:
+            ConfigError: An IP-Adapter is loaded.
         """
         folder = weights.output_folder(save_directory, safe_serialization)
         tensors = self.downgrade_state_dict(dict(self.state_dict()))
+        if any(".processor." in name for name in tensors):  # its checkpoint could not be loaded
+            raise ConfigError("an IP-Adapter is loaded in this network: save it after `pipe.unload_ip_adapter()`")
         weights.save_tensors(tensors, folder, self.weights_name, variant, max_shard_size)
         self.save_config(folder)
 

@@ -1,8 +1,9 @@
 """From picture embeddings to the tokens that IP-Adapters attend to (arXiv:2308.06721), and from their files to these networks.
 
 Kinds: *plain*, a linear layer of a pooled embedding; *full*, a small network over all patches (full-face); *plus*, a resampler
-(Perceiver, arXiv:2103.03206; Flamingo, arXiv:2204.14198, section 3.1); *FaceID*, a small network over a face's identity; and
-*FaceID plus*, a resampler whose queries are made of the identity.
+(Perceiver, arXiv:2103.03206; Flamingo, arXiv:2204.14198, section 3.1); *timed*, a resampler that is told the time (Stable
+Diffusion 3); *FaceID*, a small network over a face's identity; and *FaceID plus*, a resampler whose queries are made of the
+identity.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 from ..errors import WeightsError
 from ..weights import assign
 from .layers.attention import attend
-from .layers.embeddings import ImageProjection
+from .layers.embeddings import ImageProjection, TimestepEmbedding, sinusoids
 
 HEAD = 64
 """Width of a resampler's heads: files do not say it, and all have this one."""
@@ -84,48 +85,75 @@ class _ResamplerAttention(nn.Module):
 
 
 class IPAdapterPlusImageProjectionBlock(nn.Module):
-    """Latents attend to a picture's patches and to themselves, then a feed-forward network; each added to its input."""
+    """Latents attend to a picture's patches and to themselves, then a feed-forward network; each added to its input.
 
-    def __init__(self, dim: int, heads: int, inner: int) -> None:
+    In a ``timed`` block the time shifts and scales the latents that both read (DiT, arXiv:2212.09748, section 3.2).
+    """
+
+    def __init__(self, dim: int, heads: int, inner: int, timed: bool) -> None:
         super().__init__()
         self.ln0, self.ln1 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attn = _ResamplerAttention(dim, heads)
         self.ff = nn.Sequential(nn.LayerNorm(dim), _FeedForward(dim, inner, dim, bias=False))
+        self.adaln_proj = nn.Linear(dim, 4 * dim) if timed else None
 
-    def forward(self, patches: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """``patches`` (B, N, dim), ``latents`` (B, K, dim) -> latents."""
-        normed = self.ln1(latents)
+    def forward(self, patches: torch.Tensor, latents: torch.Tensor, time: torch.Tensor | None) -> torch.Tensor:
+        """``patches`` (B, N, dim), ``latents`` (B, K, dim), ``time`` (B, dim) -> latents."""
+        shift, scale, ff_shift, ff_scale = 0.0, 0.0, 0.0, 0.0
+        if self.adaln_proj is not None and time is not None:
+            shift, scale, ff_shift, ff_scale = self.adaln_proj(F.silu(time)).unsqueeze(1).chunk(4, dim=2)
+        normed, (norm, feed_forward) = self.ln1(latents) * (1 + scale) + shift, self.ff
         latents = latents + self.attn(normed, torch.cat([self.ln0(patches), normed], dim=1))
-        return latents + self.ff(latents)
+        return latents + feed_forward(norm(latents) * (1 + ff_scale) + ff_shift)
 
 
 class _Resampler(nn.Module):
-    """What both resamplers have: ``depth`` blocks, ``dim`` wide, between a picture's patches and tokens."""
+    """What all resamplers have: ``depth`` blocks, ``dim`` wide, between a picture's patches and tokens."""
 
-    def __init__(self, image_dim: int, dim: int, out: int, heads: int, inner: int, depth: int) -> None:
+    def __init__(self, image_dim: int, dim: int, out: int, heads: int, inner: int, depth: int, timed: bool = False) -> None:
         super().__init__()
         self.proj_in = nn.Linear(image_dim, dim)
         self.proj_out = nn.Linear(dim, out)
         self.norm_out = nn.LayerNorm(out)
-        self.layers = nn.ModuleList(IPAdapterPlusImageProjectionBlock(dim, heads, inner) for _ in range(depth))
+        self.layers = nn.ModuleList(IPAdapterPlusImageProjectionBlock(dim, heads, inner, timed) for _ in range(depth))
 
-    def resample(self, patches: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def resample(self, patches: torch.Tensor, latents: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
         patches = self.proj_in(patches)
+        patches = patches if time is None else patches + time.unsqueeze(1)
         for layer in self.layers:
-            latents = layer(patches, latents)
+            latents = layer(patches, latents, time)
         return self.norm_out(self.proj_out(latents))
 
 
 class IPAdapterPlusImageProjection(_Resampler):
     """A resampler with ``queries`` learned latents."""
 
-    def __init__(self, image_dim: int, dim: int, out: int, heads: int, inner: int, depth: int, queries: int) -> None:
-        super().__init__(image_dim, dim, out, heads, inner, depth)
+    def __init__(
+        self, image_dim: int, dim: int, out: int, heads: int, inner: int, depth: int, queries: int, timed: bool = False
+    ) -> None:
+        super().__init__(image_dim, dim, out, heads, inner, depth, timed)
         self.latents = nn.Parameter(torch.randn(1, queries, dim) / dim**0.5)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """``(B, N, image_dim)`` -> ``(B, queries, out)``."""
         return self.resample(patches, self.latents.expand(len(patches), -1, -1))
+
+
+class IPAdapterTimeImageProjection(IPAdapterPlusImageProjection):
+    """A resampler that is told the time, so that it acts anew in each step (Stable Diffusion 3)."""
+
+    def __init__(self, image_dim: int, dim: int, out: int, heads: int, inner: int, depth: int, queries: int, time_dim: int) -> None:
+        super().__init__(image_dim, dim, out, heads, inner, depth, queries, timed=True)
+        self.time_embedding = TimestepEmbedding(time_dim, dim)
+
+    def embed_time(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Times in 0..1000 ``(B,)`` -> ``(B, dim)``."""
+        weight = self.time_embedding.linear_1.weight
+        return self.time_embedding(sinusoids(timestep, weight.shape[1], flip_sin_to_cos=True).to(weight.dtype))
+
+    def forward(self, patches: torch.Tensor, time: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """``(B, N, image_dim)`` and an embedded time ``(B, dim)`` -> ``(B, queries, out)``."""
+        return self.resample(patches, self.latents.expand(len(patches), -1, -1), time)
 
 
 class IPAdapterFaceIDPlusImageProjection(_Resampler):
@@ -180,9 +208,26 @@ class MultiIPAdapterImageProjection(nn.Module):
         self.replaced: dict[str, nn.Parameter] = {}
 
     def forward(self, image_embeds: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """One (B, pictures, ...) for each IP-Adapter -> tokens (B, pictures, K, C) of each."""
+        """One (B, pictures, ...) for each IP-Adapter -> tokens (B, pictures, K, C) of each; as given where they need the time."""
         pairs = zip(image_embeds, self.image_projection_layers, strict=True)
-        return [projection(embeds.flatten(0, 1)).unflatten(0, embeds.shape[:2]) for embeds, projection in pairs]
+        return [
+            embeds if isinstance(projection, IPAdapterTimeImageProjection)
+            else projection(embeds.flatten(0, 1)).unflatten(0, embeds.shape[:2])
+            for embeds, projection in pairs
+        ]  # fmt: skip
+
+    def at_time(
+        self, patches: Sequence[torch.Tensor], timestep: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """What those that need the time make of patches (B, pictures, N, D) at times (B,): tokens, and embedded times (B, T)."""
+        tokens, times = [], []
+        for each, projection in zip(patches, self.image_projection_layers, strict=True):
+            assert isinstance(projection, IPAdapterTimeImageProjection)  # as loading saw to
+            time = projection.embed_time(timestep)
+            rows = time.repeat_interleave(each.shape[1], dim=0)
+            tokens.append(projection(each.flatten(0, 1), rows).unflatten(0, each.shape[:2]))
+            times.append(time)
+        return tuple(tokens), tuple(times)
 
 
 def reads_patches(projection: nn.Module) -> bool:
@@ -215,12 +260,14 @@ _RESAMPLER_NAMES = (
     (r"^(layers\.\d+)\.1\.0\.", r"\1.ff.0."),
     (r"^(layers\.\d+)\.1\.1\.", r"\1.ff.1.net.0.proj."),
     (r"^(layers\.\d+)\.1\.3\.", r"\1.ff.1.net.2."),
+    (r"^(layers\.\d+)\.2\.1\.", r"\1.adaln_proj."),
 )
 _NAMES = {
     "plain": ((r"^proj\.", "image_embeds."),),
     "full": ((r"^proj\.0\.", "ff.net.0.proj."), (r"^proj\.2\.", "ff.net.2."), (r"^proj\.3\.", "norm.")),
     "faceid": ((r"^proj\.0\.", "ff.net.0.proj."), (r"^proj\.2\.", "ff.net.2.")),
     "plus": _RESAMPLER_NAMES,
+    "timed": _RESAMPLER_NAMES,
     "faceid plus": ((r"^proj\.0\.", "proj.net.0.proj."), (r"^proj\.2\.", "proj.net.2."), *_RESAMPLER_NAMES),
 }
 """Names in the files' ``image_proj`` part -> ours."""
@@ -228,8 +275,8 @@ _NAMES = {
 
 def _kind(keys: Mapping[str, torch.Tensor]) -> str:
     marks = {
-        "faceid plus": "perceiver_resampler.proj_in.weight", "plus": "latents", "full": "proj.3.weight", "faceid": "proj.0.weight",
-        "plain": "proj.weight",
+        "faceid plus": "perceiver_resampler.proj_in.weight", "timed": "time_embedding.linear_1.weight", "plus": "latents",
+        "full": "proj.3.weight", "faceid": "proj.0.weight", "plain": "proj.weight",
     }  # fmt: skip
     for kind, mark in marks.items():
         if mark in keys:
@@ -285,8 +332,11 @@ def _build(kind: str, shape: Mapping[str, tuple[int, ...]]) -> nn.Module:
     if kind == "plain":
         (rows, image_dim), (dim,) = shape["image_embeds.weight"], shape["norm.weight"]
         return ImageProjection(image_dim, dim, rows // dim)
-    if kind == "plus":
-        return IPAdapterPlusImageProjection(*_resampler_sizes(shape), queries=shape["latents"][1])
+    if kind in ("plus", "timed"):
+        sizes = *_resampler_sizes(shape), shape["latents"][1]
+        if kind == "timed":
+            return IPAdapterTimeImageProjection(*sizes, shape["time_embedding.linear_1.weight"][1])
+        return IPAdapterPlusImageProjection(*sizes)
     (dim,) = shape["norm.weight"]
     first, last = (
         ("proj.net.0.proj.weight", "proj.net.2.weight") if kind == "faceid plus" else ("ff.net.0.proj.weight", "ff.net.2.weight")

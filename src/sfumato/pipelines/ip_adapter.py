@@ -18,9 +18,15 @@ from torch import nn
 
 from ..errors import WeightsError, did_you_mean, refuse_unknown
 from ..hub import PathLike, Source
-from ..models.ip_projections import MultiIPAdapterImageProjection, build_projection, input_width, reads_patches
+from ..models.ip_projections import (
+    IPAdapterTimeImageProjection,
+    MultiIPAdapterImageProjection,
+    build_projection,
+    input_width,
+    reads_patches,
+)  # fmt: skip
 from ..models.layers.attention import Attention
-from ..models.layers.image_prompt import ImagePromptAttention, prompted_layers
+from ..models.layers.image_prompt import ImagePromptAttention, JointImagePromptAttention, prompted_layers
 from ..models.layers.joint_attention import JointAttention
 from ..weights import assign, read_tensors, weight_patterns
 from .conditioning import numbered
@@ -37,7 +43,10 @@ _MASKS = "ip_adapter_masks"
 class PicturePrompts(ImagePipeline):
     """An image pipeline whose denoiser takes IP-Adapters."""
 
-    takes_ip_adapters: ClassVar[bool] = True
+    adapter_weights: ClassVar[tuple[str, ...]] = ("to_k_ip.weight", "to_v_ip.weight")  # of each attention layer in a file
+    adapter_scale: ClassVar[float] = 1.0  # until it is set
+    needs_pictures: ClassVar[bool] = True  # whether a loaded IP-Adapter must be given one
+    vision_model: ClassVar[str] = "CLIPVisionModelWithProjection"
     attention_keywords: ClassVar[str] = "cross_attention_kwargs"  # the argument that holds masks
 
     image_encoder: Any
@@ -57,7 +66,7 @@ class PicturePrompts(ImagePipeline):
             pretrained_model_name_or_path_or_dict: Folder, hub repository, or a dictionary with ``"image_proj"`` and
                 ``"ip_adapter"``; or a list.
             subfolder, weight_name: Folder inside it, and safetensors file; or a list with one for each IP-Adapter.
-            image_encoder_folder: Folder of the CLIP vision model, inside ``subfolder``, or with a ``/`` inside the repository. It
+            image_encoder_folder: Folder of the vision model, inside ``subfolder``, or with a ``/`` inside the repository. It
                 is loaded if the pipeline has none and a file is loaded; ``None`` for not, as FaceID needs none.
             revision, token, cache_dir, local_files_only, force_download: See :class:`~sfumato.hub.Source`.
 
@@ -81,8 +90,8 @@ class PicturePrompts(ImagePipeline):
         encoder_of: Callable[[Source, str], tuple[Source, str] | None],
     ) -> None:  # fmt: skip
         """Loads IP-Adapters, and an image encoder from where ``encoder_of`` the first file's source and folder says."""
-        if not self.takes_ip_adapters or "ip_adapter_image" not in self.call_signature.parameters:
-            raise ValueError(f"{type(self).__name__} takes no picture prompts here: use a pipeline that does, of FLUX, SD or SDXL")
+        if "ip_adapter_image" not in self.call_signature.parameters:
+            raise ValueError(f"{type(self).__name__} takes no picture prompts: use a pipeline that has ip_adapter_image")
         places = _listed(given)
         folders, names = (_one_each(x, len(places), n) for x, n in ((subfolder, "subfolder"), (weight_name, "weight_name")))
         wanted = "image_encoder" in self.component_names and self.image_encoder is None
@@ -95,19 +104,22 @@ class PicturePrompts(ImagePipeline):
             files.append(_read(source, folder or "", name))
             if wanted and encoder is None and (found := encoder_of(source, folder or "")) is not None:
                 encoder = self._load_encoder(*found)
-        attach(self.denoiser, files)
+        attach(self.denoiser, files, self.adapter_weights, self.adapter_scale)
         if encoder is not None:
             self.image_encoder, self._encoder_of_adapter = encoder, True
             if self.feature_extractor is None:
-                from transformers import CLIPImageProcessor
+                self.feature_extractor = self.picture_processor(encoder.config.image_size)
 
-                size = encoder.config.image_size
-                self.feature_extractor = CLIPImageProcessor(size=size, crop_size=size)
+    def picture_processor(self, size: int) -> Any:
+        """What prepares pictures for a vision model that reads ``size`` x ``size`` pixels."""
+        from transformers import CLIPImageProcessor
+
+        return CLIPImageProcessor(size=size, crop_size=size)
 
     def _load_encoder(self, source: Source, folder: str) -> Any:
         place = source.fetch(["*.json", *weight_patterns(None, "model.safetensors")], folder)
         request = LoadRequest(source, None, {"default": self.compute_dtype}, self.device)
-        return request.load(place.parent, place.name, "transformers", "CLIPVisionModelWithProjection")
+        return request.load(place.parent, place.name, "transformers", self.vision_model)
 
     def unload_ip_adapter(self) -> None:
         """Removes the IP-Adapters, so that the denoiser is what it was, and the image encoder that came with them."""
@@ -139,6 +151,12 @@ class PicturePrompts(ImagePipeline):
         """The scale of each of the attention layers that an IP-Adapter reaches, from what a caller gave for it."""
         return _scales_of_layers(scale, names)
 
+    @property
+    def is_ip_adapter_active(self) -> bool:
+        """Whether an IP-Adapter is loaded whose scale is not 0 everywhere."""
+        adapters = projections_of(self.denoiser)
+        return adapters is not None and any(value for layers in adapters.scales for value in layers)
+
     # --- pictures -----------------------------------------------------------------------------------------------------
 
     def encode_image(
@@ -149,6 +167,12 @@ class PicturePrompts(ImagePipeline):
 
         Without a picture the embedding is zeros, and patches are those of zeros, as in training.
         """
+        pair = self.encode_pictures(image, device, bool(output_hidden_states))
+        positive, negative = (x.repeat_interleave(num_images_per_prompt, dim=0) for x in pair)
+        return positive, negative
+
+    def encode_pictures(self, image: Any, device: torch.device | None, patches: bool) -> list[torch.Tensor]:
+        """The embeddings of pictures, or of their ``patches``, and those of the negative branch."""
         if self.components.get("image_encoder") is None or self.feature_extractor is None:
             remedy = "set pipe.image_encoder and pipe.feature_extractor, or pass ip_adapter_image_embeds"
             raise ValueError(f"this pipeline has no image encoder to encode ip_adapter_image with: {remedy}")
@@ -156,18 +180,17 @@ class PicturePrompts(ImagePipeline):
             image = self.feature_extractor(image, return_tensors="pt").pixel_values
         weight = next(self.image_encoder.parameters())
         image = image.to(weight.device, weight.dtype)
-        if output_hidden_states:
+        if patches:
             pair = [self.image_encoder(x, output_hidden_states=True).hidden_states[-2] for x in (image, torch.zeros_like(image))]
         else:
             embeds = self.image_encoder(image).image_embeds
             pair = [embeds, torch.zeros_like(embeds)]
-        positive, negative = (x.to(device or self.device).repeat_interleave(num_images_per_prompt, dim=0) for x in pair)
-        return positive, negative
+        return [x.to(device or self.device) for x in pair]
 
     def prepare_ip_adapter_image_embeds(
         self, ip_adapter_image: Any, ip_adapter_image_embeds: Any = None, device: torch.device | None = None,
         num_images_per_prompt: int = 1, do_classifier_free_guidance: bool = False,
-    ) -> list[torch.Tensor]:  # fmt: skip
+    ) -> Any:  # fmt: skip
         """Encodes picture prompts, so that later calls can take them as ``ip_adapter_image_embeds``.
 
         Returns:
@@ -184,7 +207,7 @@ class PicturePrompts(ImagePipeline):
             alone = len(layers) == 1 and not isinstance(ip_adapter_image, (list, tuple))
             pictures = _for_each([ip_adapter_image] if alone else ip_adapter_image, len(layers), "ip_adapter_image")
             for picture, layer in zip(pictures, layers, strict=True):
-                positive, negative = self.encode_image(picture, device, 1, reads_patches(layer))
+                positive, negative = self.encode_pictures(picture, device, reads_patches(layer))
                 found.append(torch.stack([negative, positive][-branches:]))
         else:
             given = _for_each(ip_adapter_image_embeds, len(layers), "ip_adapter_image_embeds")
@@ -211,14 +234,15 @@ class PicturePrompts(ImagePipeline):
         given = [n for name in names for n in (name, f"{name}_embeds") if getattr(args, n) is not None]
         if adapters is None and (given or keywords):
             raise ValueError(f"{(given or list(keywords))[0]} is given, but no IP-Adapter is loaded in this pipeline: {LOAD}")
-        if adapters is not None and not given:
+        if adapters is not None and not given and self.needs_pictures:
             remedy = "pass ip_adapter_image or ip_adapter_image_embeds, or remove it with `pipe.unload_ip_adapter()`"
             raise ValueError(f"an IP-Adapter is loaded, and there is no picture for it: {remedy}")
 
     def condition(self, run: Run) -> None:
         super().condition(run)
-        adapters = projections_of(self.denoiser)
-        if adapters is not None:
+        adapters, args = projections_of(self.denoiser), run.args
+        given = args.ip_adapter_image is not None or args.ip_adapter_image_embeds is not None
+        if adapters is not None and (given or self.needs_pictures):
             run.conditioning = run.conditioning.replace(**self._image_conditioning(run, adapters))
 
     def embed_pictures(self, run: Run, guided: bool) -> list[torch.Tensor]:
@@ -252,25 +276,26 @@ def projections_of(network: nn.Module) -> MultiIPAdapterImageProjection | None:
     return found if isinstance(found, MultiIPAdapterImageProjection) else None
 
 
-def attach(network: Any, files: Sequence[tuple[File, str]]) -> None:
-    """Gives a network the IP-Adapters of ``files``, each with where it comes from, in place of those that it has."""
+def attach(network: Any, files: Sequence[tuple[File, str]], names: Sequence[str], scale: float) -> None:
+    """Gives a network the IP-Adapters of ``files``, each with where it comes from, in place of those that it has.
+
+    ``names`` are those of the weights of each attention layer.
+    """
     if network.encoder_hid_proj is not None and projections_of(network) is None:
         kind = network.config.encoder_hid_dim_type
         raise ValueError(f"this network projects its tokens (encoder_hid_dim_type={kind!r}), and IP-Adapters cannot be added to it")
     layers, like = prompted_layers(network), {"device": network.device, "dtype": network.dtype}
     projections = [build_projection(file["image_proj"], network.dtype, where) for file, where in files]
-    weights = [_layer_weights(file["ip_adapter"], layers, where) for file, where in files]
+    weights = [_layer_weights(file["ip_adapter"], layers, names, where) for file, where in files]
+    for projection, (_, where) in zip(projections, files, strict=True):
+        if isinstance(projection, IPAdapterTimeImageProjection) != (_TIMED in names):
+            raise WeightsError(f"{where} holds an image_proj, a {type(projection).__name__}, for another kind of network")
     changes = [_low_rank(file["ip_adapter"], network, where) for file, where in files]
+    processors = [_processor(i, layer, [each[i] for each in weights], network.dtype) for i, layer in enumerate(layers.values())]
     detach(network)
-    for i, layer in enumerate(layers.values()):
-        own = [each[i] for each in weights]
-        with torch.device("meta"):
-            contexts = [tensors["to_k_ip.weight"].shape[1] for tensors in own]
-            processor = ImagePromptAttention(i, layer.to_q.out_features, contexts, bias="to_k_ip.bias" in own[0])
-        named = {f"{name.replace('.', f'.{k}.')}": tensor for k, tensors in enumerate(own) for name, tensor in tensors.items()}
-        assign(processor, named, network.dtype, "an IP-Adapter")
-        layer.processor = processor.to(network.device).eval()
-    scales = tuple((1.0,) * len(layers) for _ in files)
+    for layer, processor in zip(layers.values(), processors, strict=True):
+        layer.processor = processor.to(network.device)
+    scales = tuple((scale,) * len(layers) for _ in files)
     adapters = MultiIPAdapterImageProjection(projections, scales).to(**like).eval()
     for change in changes:
         for name, delta in change.items():
@@ -278,6 +303,25 @@ def attach(network: Any, files: Sequence[tuple[File, str]]) -> None:
             adapters.replaced.setdefault(name, owner.weight)
             owner.weight = nn.Parameter((owner.weight.float() + delta.to(network.device)).to(network.dtype))
     network.encoder_hid_proj = adapters
+
+
+_TIMED = "norm_ip.linear.weight"
+"""What only layers hold whose IP-Adapters are told the time."""
+
+
+def _processor(
+    i: int, layer: Attention | JointAttention, weights: Sequence[Mapping[str, torch.Tensor]], dtype: torch.dtype
+) -> ImagePromptAttention:
+    """The i-th layer's attention to picture prompts, of the weights that each IP-Adapter has for it."""
+    contexts, width = [tensors["to_k_ip.weight"].shape[1] for tensors in weights], layer.to_q.out_features
+    with torch.device("meta"):
+        processor = ImagePromptAttention(i, width, contexts, bias="to_k_ip.bias" in weights[0])
+        if _TIMED in weights[0]:
+            times = [tensors[_TIMED].shape[1] for tensors in weights]
+            processor = JointImagePromptAttention(i, width, contexts, width // layer.heads, times)
+    named = {name.replace(".", f".{k}.", 1): tensor for k, tensors in enumerate(weights) for name, tensor in tensors.items()}
+    assign(processor, named, dtype, "an IP-Adapter")
+    return processor.eval()
 
 
 def detach(network: Any) -> None:
@@ -342,21 +386,19 @@ def _parts(file: File, where: str) -> File:
 
 
 def _layer_weights(
-    tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Attention | JointAttention], where: str
+    tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Attention | JointAttention], names: Sequence[str], where: str
 ) -> list[dict[str, torch.Tensor]]:
-    """Weights of each layer, ``to_k_ip.weight`` and so on.
+    """Weights of each layer by name.
 
-    Files for U-Nets number all attention layers, every second of which reads the prompt; those for transformers the blocks, and
-    have biases.
+    Files for U-Nets number all attention layers, every second of which reads the prompt; those for transformers the joint ones.
     """
     found: list[dict[str, torch.Tensor]] = []
     used, remedy = 0, "it was made for another network (SD 1.5, SDXL, FLUX ...)"
     for i, layer in enumerate(layers.values()):
-        joint = isinstance(layer, JointAttention)
-        number, names = i if joint else 2 * i + 1, ("weight", "bias") if joint else ("weight",)
-        keys = [f"{kind}.{name}" for kind in ("to_k_ip", "to_v_ip") for name in names]
-        own = {key: tensors[f"{number}.{key}"] for key in keys if f"{number}.{key}" in tensors}
-        if len(own) != len(keys) or any(len(tensor) != layer.to_q.out_features for tensor in own.values()):
+        number = i if isinstance(layer, JointAttention) else 2 * i + 1
+        own = {name: tensors[f"{number}.{name}"] for name in names if f"{number}.{name}" in tensors}
+        widths = {len(tensor) for name, tensor in own.items() if name.startswith("to_")}
+        if len(own) != len(names) or widths != {layer.to_q.out_features}:
             shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
             raise WeightsError(
                 f"{where} holds {shapes} for attention layer {number}, which is {layer.to_q.out_features} wide: {remedy}"

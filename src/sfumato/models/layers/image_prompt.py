@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...errors import ConfigError
 from .attention import Attention, attend
-from .compute import Linear
-from .joint_attention import JointAttention
+from .compute import Linear, RMSNorm
+from .joint_attention import Joint, JointAttention
+from .modulation import Modulation, modulated
 from .options import AttentionOptions
 
 
@@ -28,6 +29,7 @@ class ImagePromptAttention(nn.Module):
     """
 
     attention_backend = "native"
+    joined: ClassVar[bool] = False  # whether pictures stand among the image tokens that are attended to
 
     def __init__(self, layer: int, width: int, contexts: Sequence[int], bias: bool = False) -> None:
         super().__init__()
@@ -36,14 +38,25 @@ class ImagePromptAttention(nn.Module):
         self.to_v_ip = nn.ModuleList(Linear(context, width, bias=bias) for context in contexts)
 
     def forward(self, query: torch.Tensor, heads: int, options: AttentionOptions, size: tuple[int, int] | None) -> torch.Tensor:
-        """Queries (B, N, C) of ``size`` = height x width pixels -> what the picture prompts add to the attention's result.
+        """Queries (B, N, C) of ``size`` = height x width pixels -> what the picture prompts add to the attention's result."""
+
+        def look(i: int, tokens: torch.Tensor) -> torch.Tensor:
+            return attend(query, self.to_k_ip[i](tokens), self.to_v_ip[i](tokens), heads, None, self.attention_backend)
+
+        return self.weighted(query, options, size, look)
+
+    def weighted(
+        self, query: torch.Tensor, options: AttentionOptions, size: tuple[int, int] | None,
+        look: Callable[[int, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:  # fmt: skip
+        """Adds up what ``look`` finds for queries (B, N, C) in tokens of the i-th IP-Adapter, by scales and masks.
 
         The pictures of an IP-Adapter are attended to together; those with masks each for itself, where its mask holds.
         """
         assert options.image_scales is not None  # they come with the tokens
         scales = options.image_scales[:, self.layer, :, None, None]  # (B, pictures of all adapters, 1, 1)
         total, first = torch.zeros_like(query), 0
-        for i, (tokens, to_k, to_v) in enumerate(zip(options.image_tokens, self.to_k_ip, self.to_v_ip, strict=True)):
+        for i, tokens in enumerate(options.image_tokens):
             count = tokens.shape[1]
             own, first = scales[:, first : first + count], first + count
             if options.image_masks:
@@ -53,25 +66,52 @@ class ImagePromptAttention(nn.Module):
             else:
                 parts = [(tokens.flatten(1, 2), own[:, 0])]
             for part, weight in parts:
-                total = total + weight * attend(query, to_k(part), to_v(part), heads, None, self.attention_backend)
+                total = total + weight * look(i, part)
         return total.to(query.dtype)
 
 
-def prompted_layers(network: nn.Module) -> dict[str, Attention | JointAttention]:
-    """The attention layers that read the prompt, by name, in the order in which IP-Adapters number them.
+class JointImagePromptAttention(ImagePromptAttention):
+    """A second attention of the image tokens of Stable Diffusion 3, to themselves and to the tokens of picture prompts.
 
-    Those to the text in a U-Net, and those of the joint blocks in a transformer.
+    The latter are modulated by the time; queries and keys have a normalisation of their own.
+
+    Args:
+        layer, width, contexts: As above.
+        dim_head: Width of a head.
+        times: Width of what each IP-Adapter makes of the time.
+    """
+
+    joined = True
+
+    def __init__(self, layer: int, width: int, contexts: Sequence[int], dim_head: int, times: Sequence[int]) -> None:
+        super().__init__(layer, width, contexts)
+        self.norm_ip = nn.ModuleList(Modulation(*pair) for pair in zip(contexts, (2,) * len(times), times, strict=True))
+        self.norm_q, self.norm_k, self.norm_ip_k = (nn.ModuleList(RMSNorm(dim_head, 1e-6) for _ in contexts) for _ in range(3))
+
+    def forward(  # type: ignore[override]
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, joint: Joint, attend: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        """Image tokens (B, N, heads, D), not normalised -> what is added to the result of ``attend`` (B, N, C)."""
+
+        def look(i: int, tokens: torch.Tensor) -> torch.Tensor:
+            tokens = modulated(tokens, *self.norm_ip[i](F.silu(joint.options.image_times[i])))
+            keys, values = (part(tokens).unflatten(2, query.shape[2:]) for part in (self.to_k_ip[i], self.to_v_ip[i]))
+            keys = torch.cat([self.norm_ip_k[i](keys), self.norm_k[i](key)], dim=1)
+            # pictures stand where the text does, so that a weakened layer weakens this attention alike
+            return attend(self.norm_q[i](query), keys, torch.cat([values, value], dim=1), joint._replace(mask=None))
+
+        return self.weighted(query.flatten(2), joint.options, joint.size, look)
+
+
+def prompted_layers(network: nn.Module) -> dict[str, Attention | JointAttention]:
+    """The attention layers that IP-Adapters reach, by name, in the order in which they number them.
+
+    Those to the text in a U-Net, and those of the joint blocks in a transformer: all that have an output projection.
     """
     found: dict[str, Attention | JointAttention] = {}
     for name, module in network.named_modules():
         if (isinstance(module, Attention) and name.endswith("attn2")) or (
-            isinstance(module, JointAttention) and module.to_add_out is not None
+            isinstance(module, JointAttention) and isinstance(module.to_out, nn.Sequential)
         ):
-            found[name] = module
+            found[name.removeprefix("_orig_mod.")] = module  # which compiled networks put before it
     return found
-
-
-def refuse_image_prompts(tensors: Iterable[str]) -> None:
-    """Refuses to save a network, of these names, while IP-Adapters are loaded in it: its checkpoint could not be loaded."""
-    if any(".processor." in name for name in tensors):
-        raise ConfigError("an IP-Adapter is loaded in this network: save it after `pipe.unload_ip_adapter()`")

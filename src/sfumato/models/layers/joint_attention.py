@@ -93,21 +93,24 @@ class JointAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, text: torch.Tensor | None, joint: Joint) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``x`` (B, N, C) and ``text`` (B, M, C), already in ``x`` if it is ``None`` -> what each of them found."""
-        query, key = self._heads(x, self.to_q, self.norm_q), self._heads(x, self.to_k, self.norm_k)
-        value = self._heads(x, self.to_v)
-        if text is None:
-            return self.to_out(self._attend(query, key, value, joint)), None
-        key = torch.cat([self._heads(text, self.add_k_proj, self.norm_added_k), key], dim=1)
-        value = torch.cat([self._heads(text, self.add_v_proj), value], dim=1)
-        if self.to_add_out is None:
-            return self.to_out(self._attend(query, key, value, joint)), None
-        query = torch.cat([self._heads(text, self.add_q_proj, self.norm_added_q), query], dim=1)
-        from_text, from_image = self._attend(query, key, value, joint).split([text.shape[1], x.shape[1]], dim=1)
-        return self.to_out(from_image), self.to_add_out(from_text)
+        query, key, value = (self._heads(x, projection) for projection in (self.to_q, self.to_k, self.to_v))
+        prompted = None
+        if self.processor is not None and self.processor.joined and joint.options.image_times:
+            prompted = self.processor(query, key, value, joint, self._attend)
+        if self.norm_q is not None and self.norm_k is not None:
+            query, key = self.norm_q(query), self.norm_k(key)
+        if text is not None:
+            key = torch.cat([self._heads(text, self.add_k_proj, self.norm_added_k), key], dim=1)
+            value = torch.cat([self._heads(text, self.add_v_proj), value], dim=1)
+            if self.to_add_out is not None:
+                query = torch.cat([self._heads(text, self.add_q_proj, self.norm_added_q), query], dim=1)
+        from_text, from_image = self._attend(query, key, value, joint).tensor_split([-x.shape[1]], dim=1)
+        from_image = from_image if prompted is None else from_image + prompted
+        return self.to_out(from_image), None if text is None or self.to_add_out is None else self.to_add_out(from_text)
 
     def picture_prompts(self, x: torch.Tensor, joint: Joint) -> torch.Tensor | None:
-        """What the picture prompts of IP-Adapters add to image tokens (B, N, C); ``None`` without any."""
-        if self.processor is None or not joint.options.image_tokens:
+        """What the picture prompts of FLUX's IP-Adapters add to image tokens (B, N, C); ``None`` without any."""
+        if self.processor is None or self.processor.joined or not joint.options.image_tokens:
             return None
         return self.processor(self._heads(x, self.to_q, self.norm_q).flatten(2), self.heads, joint.options, joint.size)
 

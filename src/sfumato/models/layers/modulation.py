@@ -9,12 +9,12 @@ from .compute import Linear
 
 
 class Modulation(nn.Module):
-    """Reads shifts, scales and gates from a condition; their order is the checkpoint's."""
+    """Reads shifts, scales and gates, ``dim`` wide, from a condition (``width``, else as wide); their order is the checkpoint's."""
 
-    def __init__(self, dim: int, parts: int) -> None:
+    def __init__(self, dim: int, parts: int, width: int | None = None) -> None:
         super().__init__()
         self.parts = parts
-        self.linear = Linear(dim, parts * dim)
+        self.linear = Linear(width or dim, parts * dim)
 
     def forward(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The condition (B, C), activated already -> ``parts`` of (B, 1, C)."""

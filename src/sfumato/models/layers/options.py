@@ -41,6 +41,7 @@ class AttentionOptions:
         freeu: Factors (B, 2, 2) of the first two stages of a U-Net's way up: of the skip connection and of the features.
         size: Height and width of the picture in tokens, for a network that reads a sequence (FLUX.1), where anything above needs
             them; without it the network counts its tokens' places, which breaks the graph of a compiled one.
+        image_times: What IP-Adapters that are told the time make of it, one (B, T) for each; empty for others.
     """
 
     perturbation: Perturbation | None = None
@@ -50,6 +51,7 @@ class AttentionOptions:
     image_masks: tuple[torch.Tensor, ...] = ()
     freeu: torch.Tensor | None = None
     size: tuple[int, int] | None = None
+    image_times: tuple[torch.Tensor, ...] = ()
 
     def perturbs(self, layer: nn.Module, kind: str) -> bool:
         """Whether ``layer`` is weakened in the way of ``kind``."""

@@ -12,7 +12,6 @@ from ...errors import ConfigError, check_shape
 from ..base import ModelMixin
 from ..layers.compute import GELULinear, Linear
 from ..layers.embeddings import TimeTextEmbedding, time_tensor
-from ..layers.image_prompt import refuse_image_prompts
 from ..layers.joint_attention import Joint, JointAttention, JointBlock, regions_within
 from ..layers.modulation import Modulation, add_gated, modulated, within_float16
 from ..layers.options import AttentionOptions, read_options
@@ -137,11 +136,6 @@ class FluxTransformer2DModel(FluxBase):
         self.encoder_hid_proj: nn.Module | None = None  # of picture prompts, while an IP-Adapter is loaded
         self.norm_out = Modulation(self.inner_dim, 2)
         self.proj_out = Linear(self.inner_dim, patch_size * patch_size * (out_channels or in_channels))
-
-    @classmethod
-    def downgrade_state_dict(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        refuse_image_prompts(tensors)
-        return tensors
 
     def forward(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,

@@ -100,6 +100,7 @@ class SD3Transformer2DModel(SD3Base):
     ) -> None:  # fmt: skip
         super().__init__()
         self._build(pos_embed_max_size, text=True, last_text_out=False)
+        self.encoder_hid_proj: nn.Module | None = None  # of picture prompts, while an IP-Adapter is loaded
         self.out_channels = out_channels or in_channels
         self.norm_out = Modulation(self.inner_dim, 2)
         self.proj_out = Linear(self.inner_dim, patch_size * patch_size * self.out_channels)

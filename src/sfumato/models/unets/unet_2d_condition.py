@@ -11,7 +11,6 @@ import torch
 from ...errors import ConfigError, check_choice
 from ..layers.compute import Conv2d, pixels_last
 from ..layers.embeddings import ImageTimeEmbedding
-from ..layers.image_prompt import refuse_image_prompts
 from ..layers.options import AttentionOptions, read_options
 from .base import UNet2DConditionOutput, shared_options
 from .blocks import Level, spread
@@ -98,11 +97,6 @@ class UNet2DConditionModel(ConditionedUNet):
         self.mid_block = self._build_mid(shared, levels[-1])
         self._build_out(norm_num_groups, act_fn, conv_out_kernel)
         self.center_input_sample = center_input_sample
-
-    @classmethod
-    def downgrade_state_dict(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        refuse_image_prompts(tensors)
-        return tensors
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, encoder_hidden_states: torch.Tensor | None,
