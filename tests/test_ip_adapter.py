@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from test_pipelines import CALLS, ours, seeded
 
 import sfumato
+from sfumato.models.layers.options import AttentionOptions
 
 Checkpoint = Callable[[str], tuple[Path, Any]]
 KINDS = ("plain", "plus", "full", "faceid")
@@ -425,9 +426,10 @@ def test_a_projection_that_is_told_the_time(checkpoint: Checkpoint) -> None:
     patches, times = torch.randn(2, 5, PATCH_WIDTH, generator=torch.Generator().manual_seed(0)), torch.tensor([900.0, 20.5])
     with torch.no_grad():
         expected, embedded = reference.transformer.image_proj(patches, times)
-        (tokens,), (time,) = pipe.transformer.encoder_hid_proj.at_time([patches[:, None]], times)
-    torch.testing.assert_close(tokens[:, 0], expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(time, embedded)
+        options = AttentionOptions(image_tokens=(patches[:, None],))
+        options = pipe.transformer.encoder_hid_proj.at_time(options, times)
+    torch.testing.assert_close(options.image_tokens[0][:, 0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(options.image_times[0], embedded)
 
 
 @pytest.mark.parametrize(

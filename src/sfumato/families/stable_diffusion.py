@@ -69,13 +69,8 @@ class StableDiffusion(UNetFamily):
         check_width(args, ("prompt_embeds", "negative_prompt_embeds"), config.get("encoder_hid_dim") or config.cross_attention_dim)
 
     def embed(self, run: Run, guided: bool) -> dict[str, dict[str, torch.Tensor]]:
-        args = run.args
-        taken = "num_images_per_prompt negative_prompt prompt_embeds negative_prompt_embeds clip_skip prompt_syntax"
-        given = {name: getattr(args, name) for name in taken.split()}
-        encoded = self.encode_prompt(args.prompt, run.device, do_classifier_free_guidance=guided, **given)
-        embedded = self.guidance_condition(run)
-        states = {name: x for name, x in zip(("positive", "negative"), encoded, strict=True) if x is not None}
-        prompts = {name: {"encoder_hidden_states": x, **embedded} for name, x in states.items()}
+        args, embedded, encoded = run.args, self.guidance_condition(run), self.encoded_prompts(run, guided)
+        prompts = {name: {"encoder_hidden_states": states, **embedded} for name, (states,) in encoded.items()}
         self.add_regions(run, prompts, lambda text: self._encode([text], args.clip_skip, args.prompt_syntax))
         return prompts
 

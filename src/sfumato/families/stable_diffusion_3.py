@@ -90,17 +90,9 @@ class StableDiffusion3(SD3PicturePrompts):
     # --- prompts ----------------------------------------------------------------------------------------------------
 
     def embed(self, run: Run, guided: bool) -> dict[str, dict[str, torch.Tensor]]:
-        args = run.args
-        taken = (
-            "prompt_2 prompt_3 num_images_per_prompt negative_prompt negative_prompt_2 negative_prompt_3 prompt_embeds "
-            "negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds clip_skip max_sequence_length prompt_syntax"
-        )
-        given = {name: getattr(args, name) for name in taken.split()}
-        found = self.encode_prompt(args.prompt, device=run.device, do_classifier_free_guidance=guided, **given)
-        prompts = {}
-        for name, states, pooled in (("positive", found[0], found[2]), ("negative", found[1], found[3])):
-            if states is not None and pooled is not None:
-                prompts[name] = {"encoder_hidden_states": states, "pooled_projections": pooled}
+        args, prompts = run.args, {}
+        for name, (states, pooled) in self.encoded_prompts(run, guided).items():
+            prompts[name] = {"encoder_hidden_states": states, "pooled_projections": pooled}
         encoding = (args.clip_skip, args.max_sequence_length, args.prompt_syntax)
         self.add_regions(run, prompts, lambda text: self._encode(([text],) * 3, *encoding)[0])
         return prompts

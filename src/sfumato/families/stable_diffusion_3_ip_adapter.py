@@ -6,7 +6,6 @@ without the IP-Adapter; the negative branch sees zeros in place of patches.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,12 +71,11 @@ class SD3PicturePrompts(FlowFamily):
         return _listed(super().embed_pictures(run, guided))
 
     def told_time(self, options: AttentionOptions | None, timestep: torch.Tensor) -> AttentionOptions | None:
-        """Options of a call at a time (B,): with tokens of its picture prompts in place of their patches."""
+        """Options of a call at times (B,): with tokens of its picture prompts in place of their patches."""
         adapters = projections_of(self.denoiser)
         if options is None or not options.image_tokens or adapters is None:
             return options
-        tokens, times = adapters.at_time(options.image_tokens, timestep)
-        return replace(options, image_tokens=tokens, image_times=times)
+        return adapters.at_time(options, timestep)
 
 
 def _listed(embeds: Any) -> Any:

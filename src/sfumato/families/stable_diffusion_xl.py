@@ -105,20 +105,12 @@ class StableDiffusionXL(UNetFamily):
     # --- conditions -------------------------------------------------------------------------------------------------
 
     def embed(self, run: Run, guided: bool) -> dict[str, dict[str, torch.Tensor]]:
-        args = run.args
-        taken = (
-            "prompt_2 num_images_per_prompt negative_prompt negative_prompt_2 prompt_embeds negative_prompt_embeds "
-            "pooled_prompt_embeds negative_pooled_prompt_embeds clip_skip prompt_syntax"
-        )
-        given = {name: getattr(args, name) for name in taken.split()}
-        encoded = self.encode_prompt(args.prompt, device=run.device, do_classifier_free_guidance=guided, **given)
+        args, embedded, prompts = run.args, self.guidance_condition(run), {}
         ids = dict(zip(("positive", "negative"), self.time_ids(run), strict=True))
-        embedded, prompts = self.guidance_condition(run), {}
-        for name, states, pooled in (("positive", encoded[0], encoded[2]), ("negative", encoded[1], encoded[3])):
-            if states is not None and pooled is not None:
-                check_ids(self.unet.config, len(ids[name]), pooled.shape[1])
-                row = torch.tensor([ids[name]], dtype=states.dtype, device=run.device).repeat(run.batch, 1)
-                prompts[name] = {"encoder_hidden_states": states, "text_embeds": pooled, "time_ids": row, **embedded}
+        for name, (states, pooled) in self.encoded_prompts(run, guided).items():
+            check_ids(self.unet.config, len(ids[name]), pooled.shape[1])
+            row = torch.tensor([ids[name]], dtype=states.dtype, device=run.device).repeat(run.batch, 1)
+            prompts[name] = {"encoder_hidden_states": states, "text_embeds": pooled, "time_ids": row, **embedded}
         self.add_regions(run, prompts, lambda text: self._encode([text], [text], args.clip_skip, args.prompt_syntax)[0])
         return prompts
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from ..errors import WeightsError
 from ..weights import assign
 from .layers.attention import attend
 from .layers.embeddings import ImageProjection, TimestepEmbedding, sinusoids
+from .layers.options import AttentionOptions
 
 HEAD = 64
 """Width of a resampler's heads: files do not say it, and all have this one."""
@@ -110,12 +112,15 @@ class IPAdapterPlusImageProjectionBlock(nn.Module):
 class _Resampler(nn.Module):
     """What all resamplers have: ``depth`` blocks, ``dim`` wide, between a picture's patches and tokens."""
 
-    def __init__(self, image_dim: int, dim: int, out: int, heads: int, inner: int, depth: int, timed: bool = False) -> None:
+    timed: ClassVar[bool] = False
+
+    def __init__(self, image_dim: int, dim: int, out: int, heads: int, inner: int, depth: int) -> None:
         super().__init__()
         self.proj_in = nn.Linear(image_dim, dim)
         self.proj_out = nn.Linear(dim, out)
         self.norm_out = nn.LayerNorm(out)
-        self.layers = nn.ModuleList(IPAdapterPlusImageProjectionBlock(dim, heads, inner, timed) for _ in range(depth))
+        blocks = (IPAdapterPlusImageProjectionBlock(dim, heads, inner, self.timed) for _ in range(depth))
+        self.layers = nn.ModuleList(blocks)
 
     def resample(self, patches: torch.Tensor, latents: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
         patches = self.proj_in(patches)
@@ -128,10 +133,8 @@ class _Resampler(nn.Module):
 class IPAdapterPlusImageProjection(_Resampler):
     """A resampler with ``queries`` learned latents."""
 
-    def __init__(
-        self, image_dim: int, dim: int, out: int, heads: int, inner: int, depth: int, queries: int, timed: bool = False
-    ) -> None:
-        super().__init__(image_dim, dim, out, heads, inner, depth, timed)
+    def __init__(self, image_dim: int, dim: int, out: int, heads: int, inner: int, depth: int, queries: int) -> None:
+        super().__init__(image_dim, dim, out, heads, inner, depth)
         self.latents = nn.Parameter(torch.randn(1, queries, dim) / dim**0.5)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
@@ -142,8 +145,10 @@ class IPAdapterPlusImageProjection(_Resampler):
 class IPAdapterTimeImageProjection(IPAdapterPlusImageProjection):
     """A resampler that is told the time, so that it acts anew in each step (Stable Diffusion 3)."""
 
+    timed = True
+
     def __init__(self, image_dim: int, dim: int, out: int, heads: int, inner: int, depth: int, queries: int, time_dim: int) -> None:
-        super().__init__(image_dim, dim, out, heads, inner, depth, queries, timed=True)
+        super().__init__(image_dim, dim, out, heads, inner, depth, queries)
         self.time_embedding = TimestepEmbedding(time_dim, dim)
 
     def embed_time(self, timestep: torch.Tensor) -> torch.Tensor:
@@ -216,18 +221,15 @@ class MultiIPAdapterImageProjection(nn.Module):
             for embeds, projection in pairs
         ]  # fmt: skip
 
-    def at_time(
-        self, patches: Sequence[torch.Tensor], timestep: torch.Tensor
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """What those that need the time make of patches (B, pictures, N, D) at times (B,): tokens, and embedded times (B, T)."""
+    def at_time(self, options: AttentionOptions, timestep: torch.Tensor) -> AttentionOptions:
+        """Options that hold patches (B, pictures, N, D), at times (B,): with the tokens that those which need the time make."""
         tokens, times = [], []
-        for each, projection in zip(patches, self.image_projection_layers, strict=True):
+        for patches, projection in zip(options.image_tokens, self.image_projection_layers, strict=True):
             assert isinstance(projection, IPAdapterTimeImageProjection)  # as loading saw to
-            time = projection.embed_time(timestep)
-            rows = time.repeat_interleave(each.shape[1], dim=0)
-            tokens.append(projection(each.flatten(0, 1), rows).unflatten(0, each.shape[:2]))
-            times.append(time)
-        return tuple(tokens), tuple(times)
+            times.append(projection.embed_time(timestep))
+            rows = times[-1].repeat_interleave(patches.shape[1], dim=0)
+            tokens.append(projection(patches.flatten(0, 1), rows).unflatten(0, patches.shape[:2]))
+        return replace(options, image_tokens=tuple(tokens), image_times=tuple(times))
 
 
 def reads_patches(projection: nn.Module) -> bool:
@@ -305,18 +307,21 @@ def _resampler_sizes(shape: Mapping[str, tuple[int, ...]]) -> tuple[int, int, in
     return image_dim, dim, out, heads, inner, depth
 
 
-def build_projection(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, where: str) -> nn.Module:
+def build_projection(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, where: str, timed: bool) -> nn.Module:
     """Builds the projection that the ``image_proj`` part of a file holds.
 
     Args:
         tensors: Name -> tensor.
         dtype: Floating-point type to convert to.
         where: What the tensors came from, for messages.
+        timed: Whether the network needs one that is told the time.
 
     Raises:
         WeightsError: They are of no known kind, or do not fit it.
     """
     kind = _kind(tensors)
+    if (kind == "timed") != timed:
+        raise WeightsError(f"{where} holds an image_proj ({kind}) for another kind of network: use an IP-Adapter of this one")
     named = _renamed(kind, tensors)
     shape = {key: tuple(tensor.shape) for key, tensor in named.items()}
     try:

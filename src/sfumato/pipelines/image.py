@@ -16,7 +16,7 @@ from .checks import check_generators, check_regions, prompt_count
 from .conditioning import Conditioning
 from .guidance import ClassifierFreeGuidance, Guidance, Weakening
 from .latent import LatentFormat
-from .run import Run
+from .run import Run, accepted
 from .tasks import truncate_schedule
 
 ATTENTION_INPUTS = ("regions", "image_scales", "image_tokens", "image_masks", "freeu")
@@ -38,6 +38,7 @@ class ImagePipeline(DiffusionPipeline):
     output: ClassVar[type] = ImagePipelineOutput
     picture_sets_size: ClassVar[bool] = True
     rounds_skipped_steps: ClassVar[bool] = False
+    encode_prompt: Any  # of families that are told by text
 
     @property
     def denoiser(self) -> Any:
@@ -143,6 +144,12 @@ class ImagePipeline(DiffusionPipeline):
         Each tensor has one row per picture.
         """
         raise NotImplementedError
+
+    def encoded_prompts(self, run: Run, guided: bool) -> dict[str, tuple[torch.Tensor, ...]]:
+        """What ``encode_prompt`` makes of a run's arguments: tensors of the ``"positive"`` and of the ``"negative"`` prompts."""
+        given = {name: getattr(run.args, name) for name in accepted(type(self).encode_prompt) if hasattr(run.args, name)}
+        found = self.encode_prompt(**given, device=run.device, do_classifier_free_guidance=guided)
+        return {"positive": found[::2], **({"negative": found[1::2]} if guided else {})}
 
     def placed(self, found: Sequence[torch.Tensor | None], device: torch.device | None, each: int) -> Any:
         """Embeddings with a row for each prompt -> with ``each`` rows for it, ready for the denoiser."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Real
 from pathlib import PurePath
 from typing import Any, ClassVar
@@ -18,13 +17,7 @@ from torch import nn
 
 from ..errors import WeightsError, did_you_mean, refuse_unknown
 from ..hub import PathLike, Source
-from ..models.ip_projections import (
-    IPAdapterTimeImageProjection,
-    MultiIPAdapterImageProjection,
-    build_projection,
-    input_width,
-    reads_patches,
-)  # fmt: skip
+from ..models.ip_projections import MultiIPAdapterImageProjection, build_projection, input_width, reads_patches
 from ..models.layers.attention import Attention
 from ..models.layers.image_prompt import ImagePromptAttention, JointImagePromptAttention, prompted_layers
 from ..models.layers.joint_attention import JointAttention
@@ -285,11 +278,8 @@ def attach(network: Any, files: Sequence[tuple[File, str]], names: Sequence[str]
         kind = network.config.encoder_hid_dim_type
         raise ValueError(f"this network projects its tokens (encoder_hid_dim_type={kind!r}), and IP-Adapters cannot be added to it")
     layers, like = prompted_layers(network), {"device": network.device, "dtype": network.dtype}
-    projections = [build_projection(file["image_proj"], network.dtype, where) for file, where in files]
+    projections = [build_projection(file["image_proj"], network.dtype, where, _TIMED in names) for file, where in files]
     weights = [_layer_weights(file["ip_adapter"], layers, names, where) for file, where in files]
-    for projection, (_, where) in zip(projections, files, strict=True):
-        if isinstance(projection, IPAdapterTimeImageProjection) != (_TIMED in names):
-            raise WeightsError(f"{where} holds an image_proj, a {type(projection).__name__}, for another kind of network")
     changes = [_low_rank(file["ip_adapter"], network, where) for file, where in files]
     processors = [_processor(i, layer, [each[i] for each in weights], network.dtype) for i, layer in enumerate(layers.values())]
     detach(network)
@@ -436,48 +426,39 @@ def _low_rank(tensors: Mapping[str, torch.Tensor], network: nn.Module, where: st
 # --- scales, embeddings, masks ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where an attention layer is: in which part, which block of it, which transformer of that."""
-
-    part: str
-    block: str
-    transformer: int
-
-    @staticmethod
-    def of(name: str) -> _Place:
-        """Reads ``down_blocks.1.attentions.0.transformer_blocks.0.attn2``."""
-        words = name.split(".")
-        part, transformer = words[0].partition("_")[0], int(words[words.index("attentions") + 1])
-        return _Place(part, "block_0" if part == "mid" else f"block_{words[1]}", transformer)
+def _place(name: str) -> tuple[str, str, int]:
+    """Part, block and transformer of an attention layer, ``down_blocks.1.attentions.0.transformer_blocks.0.attn2``."""
+    words = name.split(".")
+    part = words[0].partition("_")[0]
+    return part, "block_0" if part == "mid" else f"block_{words[1]}", int(words[words.index("attentions") + 1])
 
 
 def _scales_of_layers(scale: Any, names: Sequence[str]) -> tuple[Any, ...]:
     """The scale of each attention layer."""
-    places = [_Place.of(name) for name in names]
+    places = [_place(name) for name in names]
     if not isinstance(scale, Mapping):
         return (checked_scale(scale),) * len(places)
-    parts = {place.part for place in places}
+    parts = {place[0] for place in places}
     refuse_unknown(scale, parts, f"the scale of an IP-Adapter is by {', '.join(sorted(parts))}; it has", ValueError)
     found: list[Any] = [0.0] * len(places)
     for part, value in scale.items():
-        blocks = sorted({place.block for place in places if place.part == part})
+        blocks = sorted({place[1] for place in places if place[0] == part})
         by_block = value if isinstance(value, Mapping) else dict.fromkeys(blocks, value)
         for block, each in by_block.items():
-            inside = [i for i, place in enumerate(places) if (place.part, place.block) == (part, block)]
+            inside = [i for i, place in enumerate(places) if place[:2] == (part, block)]
             if not inside:
                 near = did_you_mean(str(block), blocks)
                 raise ValueError(
                     f"scale[{part!r}] names {block!r}, which has no attention to pictures: {', '.join(blocks)} do{near}"
                 )
-            count = 1 + max(places[i].transformer for i in inside)
+            count = 1 + max(places[i][2] for i in inside)
             values = list(each) if isinstance(each, (list, tuple)) else [each]
             if len(values) not in (1, count):
                 raise ValueError(
                     f"scale[{part!r}][{block!r}] has {len(values)} values for {count} transformers: pass one, or {count}"
                 )
             for i in inside:
-                found[i] = checked_scale(values[places[i].transformer % len(values)])
+                found[i] = checked_scale(values[places[i][2] % len(values)])
     return tuple(found)
 
 
