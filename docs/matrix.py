@@ -31,6 +31,12 @@ REASONS = {
     ("reference", "Stable Diffusion 3"): NO_DENOISER,
 }
 """Why cells make no sense, by task or adapter, and family."""
+NO_PICTURES = {
+    "StableDiffusionImageVariation": "its prompt is a picture already",
+    "StableDiffusionUpscale": "there is no published IP-Adapter for its denoiser",
+    "StableDiffusionLatentUpscale": "there is no published IP-Adapter for its denoiser",
+}
+"""Why pipelines of these families refuse IP-Adapters."""
 
 
 def classes(family: str, task: str, adapter: str) -> list[str]:
@@ -56,9 +62,9 @@ def page() -> str:
         "Written by `python docs/matrix.py` from the registry; `tests/test_matrix.py` runs every class that stands here.",
         "",
         "Every class takes `guidance=` (see [guidance.md](guidance.md)), `regions=` (prompts for parts of the picture),",
-        'own sigmas, prompt weights (`prompt_syntax="weighted"`) and, but for Stable Diffusion 3, IP-Adapters',
-        "(`pipe.load_ip_adapter`).",
+        'own sigmas, prompt weights (`prompt_syntax="weighted"`) and IP-Adapters (see [ip-adapters.md](ip-adapters.md)).',
         "Denoisers that edit by instruction have a guidance of their own and refuse another.",
+        *(f"No IP-Adapters in {name}: {why}." for name, why in NO_PICTURES.items()),
         "",
     ]
     reasons: list[str] = []

@@ -13,6 +13,7 @@ import tiny
 import torch
 from PIL import Image
 from scheduler_configs import NAMES
+from test_ip_adapter import adapter_file
 from test_pipelines import CALLS, seeded
 from test_run import assert_equal, snapshot
 
@@ -181,12 +182,47 @@ def test_regions(checkpoint: Callable[[str], tuple[Path, Any]], name: str) -> No
         np.testing.assert_allclose(nowhere, plain, atol=2e-4)
 
 
-def test_the_page_is_current() -> None:
+def matrix() -> Any:
     spec = importlib.util.spec_from_file_location("matrix", Path(__file__).parents[1] / "docs" / "matrix.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (Path(__file__).parents[1] / "docs" / "matrix.md").read_text() == module.page(), "run: python docs/matrix.py"
+    return module
+
+
+def test_the_page_is_current() -> None:
+    assert (Path(__file__).parents[1] / "docs" / "matrix.md").read_text() == matrix().page(), "run: python docs/matrix.py"
+
+
+@pytest.mark.parametrize("name", [n for n in PIPELINES if registry.load(n).family != "unconditional"])
+def test_picture_prompts(checkpoint: Callable[[str], tuple[Path, Any]], name: str) -> None:
+    """Every pipeline with an IP-Adapter, or its refusal, of which the page gives the reason."""
+    pipe, reference = load(checkpoint, name), checkpoint(EXTENDED.get(name, name))[1]
+    file = adapter_file(getattr(reference, pipe.denoiser_name))
+    if name.removesuffix("Pipeline") in matrix().NO_PICTURES:
+        with pytest.raises(ValueError, match="takes no picture prompts"):
+            pipe.load_ip_adapter(file)
+        return
+    call, untouched = {**call_of(name, True), "num_inference_steps": 2}, snapshot(pipe)["weights"]
+    plain = pipe(**call, generator=seeded(1)).images
+    pipe.load_ip_adapter(file)
+    if "image_encoder" in pipe.components:
+        encoder, processor = tiny.siglip() if "StableDiffusion3" in name else (tiny.image_encoder(), tiny.image_processor())
+        pipe.image_encoder, pipe.feature_extractor = encoder, processor
+        call["ip_adapter_image"] = tiny.picture(4)
+    else:
+        with pytest.raises(ValueError, match="pass ip_adapter_image_embeds that another pipeline prepared"):
+            pipe(**call, ip_adapter_image=tiny.picture(4))
+        call["ip_adapter_image_embeds"] = [torch.ones(2, 1, 32)]
+    before, first = snapshot(pipe), pipe(**call, generator=seeded(1)).images
+    assert_equal(before, snapshot(pipe))
+    assert first.shape == plain.shape and np.isfinite(first).all()
+    assert np.abs(first - plain).max() > 1e-4
+    assert np.array_equal(first, pipe(**call, generator=seeded(1)).images)
+    pipe.unload_ip_adapter()
+    if "image_encoder" in pipe.components:
+        pipe.image_encoder = None
+    assert_equal(untouched, snapshot(pipe)["weights"])
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -321,7 +321,7 @@ def build_projection(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, wh
     """
     kind = _kind(tensors)
     if (kind == "timed") != timed:
-        raise WeightsError(f"{where} holds an image_proj ({kind}) for another kind of network: use an IP-Adapter of this one")
+        raise WeightsError(f"{where} holds an image_proj ({kind}) that was made for another network (SD 1.5, SDXL, SD 3, FLUX ...)")
     named = _renamed(kind, tensors)
     shape = {key: tuple(tensor.shape) for key, tensor in named.items()}
     try:

@@ -167,7 +167,9 @@ class PicturePrompts(ImagePipeline):
     def encode_pictures(self, image: Any, device: torch.device | None, patches: bool) -> list[torch.Tensor]:
         """The embeddings of pictures, or of their ``patches``, and those of the negative branch."""
         if self.components.get("image_encoder") is None or self.feature_extractor is None:
-            remedy = "set pipe.image_encoder and pipe.feature_extractor, or pass ip_adapter_image_embeds"
+            remedy = "pass ip_adapter_image_embeds that another pipeline prepared"
+            if "image_encoder" in self.components:
+                remedy = f"set pipe.image_encoder and pipe.feature_extractor, or {remedy}"
             raise ValueError(f"this pipeline has no image encoder to encode ip_adapter_image with: {remedy}")
         if not isinstance(image, torch.Tensor):
             image = self.feature_extractor(image, return_tensors="pt").pixel_values
@@ -383,7 +385,7 @@ def _layer_weights(
     Files for U-Nets number all attention layers, every second of which reads the prompt; those for transformers the joint ones.
     """
     found: list[dict[str, torch.Tensor]] = []
-    used, remedy = 0, "it was made for another network (SD 1.5, SDXL, FLUX ...)"
+    used, remedy = 0, "it was made for another network (SD 1.5, SDXL, SD 3, FLUX ...)"
     for i, layer in enumerate(layers.values()):
         number = i if isinstance(layer, JointAttention) else 2 * i + 1
         own = {name: tensors[f"{number}.{name}"] for name in names if f"{number}.{name}" in tensors}
