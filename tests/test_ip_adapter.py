@@ -141,8 +141,6 @@ TEXT, XL, FLUX, THIRD = "StableDiffusionPipeline", "StableDiffusionXLPipeline", 
 @pytest.mark.parametrize("name", [TEXT, XL])
 def test_each_kind(checkpoint: Checkpoint, name: str, kind: str, guidance: float) -> None:
     reference, pipe = pair(checkpoint, name, kind, scale=0.7)
-    ours_keys, theirs = set(pipe.unet.state_dict()), set(reference.unet.state_dict())
-    assert ours_keys == theirs
     got = assert_same(reference, pipe, **call_of(name, kind, guidance))
     pipe.unload_ip_adapter()
     without = pipe(**{k: v for k, v in call_of(name, kind, guidance).items() if "ip_adapter" not in k}, generator=seeded(3)).images
@@ -368,7 +366,6 @@ def flux_call(name: str = FLUX, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("scale", [None, 0.4, [0.2, 0.9]], ids=str)
 def test_flux(checkpoint: Checkpoint, scale: Any) -> None:
     reference, pipe = pair(checkpoint, FLUX, "plain", scale=scale)
-    assert set(pipe.transformer.state_dict()) == set(reference.transformer.state_dict())
     got = assert_same(reference, pipe, **flux_call(num_images_per_prompt=2))
     pipe.unload_ip_adapter()
     call = {k: v for k, v in flux_call(num_images_per_prompt=2).items() if k != "ip_adapter_image"}

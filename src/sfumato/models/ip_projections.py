@@ -1,51 +1,47 @@
-"""From picture embeddings to the tokens that IP-Adapters attend to (arXiv:2308.06721), and from their files to these networks.
+"""From picture embeddings to the tokens that IP-Adapters attend to (arXiv:2308.06721).
 
 Kinds: *plain*, a linear layer of a pooled embedding; *full*, a small network over all patches (full-face); *plus*, a resampler
 (Perceiver, arXiv:2103.03206; Flamingo, arXiv:2204.14198, section 3.1); *timed*, a resampler that is told the time (Stable
 Diffusion 3); *FaceID*, a small network over a face's identity; and *FaceID plus*, a resampler whose queries are made of the
-identity.
+identity. Parameters are named as in the files.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..errors import WeightsError
 from ..weights import assign
 from .layers.attention import attend
-from .layers.embeddings import ImageProjection, TimestepEmbedding, sinusoids
+from .layers.embeddings import TimestepEmbedding, sinusoids
 from .layers.options import AttentionOptions
 
 HEAD = 64
 """Width of a resampler's heads: files do not say it, and all have this one."""
 
 
-class _Widening(nn.Module):
-    def __init__(self, dim: int, inner: int, bias: bool) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, inner, bias=bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(self.proj(x))
-
-
-class _FeedForward(nn.Module):
+def _feed_forward(dim: int, inner: int, out: int, bias: bool = True) -> nn.Sequential:
     """Two linear layers with GELU (arXiv:1606.08415) between them."""
+    return nn.Sequential(nn.Linear(dim, inner, bias=bias), nn.GELU(), nn.Linear(inner, out, bias=bias))
 
-    def __init__(self, dim: int, inner: int, out: int, bias: bool = True) -> None:
+
+class IPAdapterImageProjection(nn.Module):
+    """Tokens of a pooled embedding; with an ``inner`` layer of that width, of a face's identity."""
+
+    def __init__(self, image_dim: int, dim: int, tokens: int, inner: int | None = None) -> None:
         super().__init__()
-        self.in_features = dim
-        self.net = nn.Sequential(_Widening(dim, inner, bias), nn.Identity(), nn.Linear(inner, out, bias=bias))
+        self.tokens, out = tokens, tokens * dim
+        self.proj = nn.Linear(image_dim, out) if inner is None else _feed_forward(image_dim, inner, out)
+        self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x)
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        """``(B, image_dim)`` -> ``(B, tokens, dim)``."""
+        return self.norm(self.proj(embedding).unflatten(1, (self.tokens, -1)))
 
 
 class IPAdapterFullImageProjection(nn.Module):
@@ -53,64 +49,35 @@ class IPAdapterFullImageProjection(nn.Module):
 
     def __init__(self, image_dim: int, dim: int) -> None:
         super().__init__()
-        self.ff = _FeedForward(image_dim, image_dim, dim)
-        self.norm = nn.LayerNorm(dim)
+        self.proj = nn.Sequential(*_feed_forward(image_dim, image_dim, dim), nn.LayerNorm(dim))
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """``(B, N, image_dim)`` -> ``(B, N, dim)``."""
-        return self.norm(self.ff(patches))
-
-
-class IPAdapterFaceIDImageProjection(nn.Module):
-    """Tokens of a face's identity, ``inner`` wide between its two layers."""
-
-    def __init__(self, image_dim: int, dim: int, inner: int, tokens: int) -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.ff = _FeedForward(image_dim, inner, tokens * dim)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, identity: torch.Tensor) -> torch.Tensor:
-        """``(B, image_dim)`` -> ``(B, tokens, dim)``."""
-        return self.norm(self.ff(identity).unflatten(1, (self.tokens, -1)))
+        return self.proj(patches)
 
 
 class _ResamplerAttention(nn.Module):
+    """Attention of latents to a picture's patches and to themselves."""
+
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, heads * HEAD, bias=False) for _ in range(3))
-        self.to_out = nn.Sequential(nn.Linear(heads * HEAD, dim, bias=False))
+        self.heads, inner = heads, heads * HEAD
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.to_q, self.to_kv = nn.Linear(dim, inner, bias=False), nn.Linear(dim, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, latents: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        return self.to_out(attend(self.to_q(latents), self.to_k(context), self.to_v(context), self.heads))
-
-
-class IPAdapterPlusImageProjectionBlock(nn.Module):
-    """Latents attend to a picture's patches and to themselves, then a feed-forward network; each added to its input.
-
-    In a ``timed`` block the time shifts and scales the latents that both read (DiT, arXiv:2212.09748, section 3.2).
-    """
-
-    def __init__(self, dim: int, heads: int, inner: int, timed: bool) -> None:
-        super().__init__()
-        self.ln0, self.ln1 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attn = _ResamplerAttention(dim, heads)
-        self.ff = nn.Sequential(nn.LayerNorm(dim), _FeedForward(dim, inner, dim, bias=False))
-        self.adaln_proj = nn.Linear(dim, 4 * dim) if timed else None
-
-    def forward(self, patches: torch.Tensor, latents: torch.Tensor, time: torch.Tensor | None) -> torch.Tensor:
-        """``patches`` (B, N, dim), ``latents`` (B, K, dim), ``time`` (B, dim) -> latents."""
-        shift, scale, ff_shift, ff_scale = 0.0, 0.0, 0.0, 0.0
-        if self.adaln_proj is not None and time is not None:
-            shift, scale, ff_shift, ff_scale = self.adaln_proj(F.silu(time)).unsqueeze(1).chunk(4, dim=2)
-        normed, (norm, feed_forward) = self.ln1(latents) * (1 + scale) + shift, self.ff
-        latents = latents + self.attn(normed, torch.cat([self.ln0(patches), normed], dim=1))
-        return latents + feed_forward(norm(latents) * (1 + ff_scale) + ff_shift)
+    def forward(self, patches: torch.Tensor, latents: torch.Tensor, shift: Any, scale: Any) -> torch.Tensor:
+        latents = self.norm2(latents) * (1 + scale) + shift
+        key, value = self.to_kv(torch.cat([self.norm1(patches), latents], dim=1)).chunk(2, dim=2)
+        return self.to_out(attend(self.to_q(latents), key, value, self.heads))
 
 
 class _Resampler(nn.Module):
-    """What all resamplers have: ``depth`` blocks, ``dim`` wide, between a picture's patches and tokens."""
+    """``depth`` blocks, ``dim`` wide, between a picture's patches and tokens: attention and feed-forward, each added to its input.
+
+    In a ``timed`` one, the time is added to the patches, and shifts and scales what both parts of a block read of the latents
+    (DiT, arXiv:2212.09748, section 3.2).
+    """
 
     timed: ClassVar[bool] = False
 
@@ -119,14 +86,20 @@ class _Resampler(nn.Module):
         self.proj_in = nn.Linear(image_dim, dim)
         self.proj_out = nn.Linear(dim, out)
         self.norm_out = nn.LayerNorm(out)
-        blocks = (IPAdapterPlusImageProjectionBlock(dim, heads, inner, self.timed) for _ in range(depth))
-        self.layers = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            feed_forward = nn.Sequential(nn.LayerNorm(dim), *_feed_forward(dim, inner, dim, bias=False))
+            modulation = [nn.Sequential(nn.SiLU(), nn.Linear(dim, 4 * dim))] if self.timed else []
+            self.layers.append(nn.ModuleList([_ResamplerAttention(dim, heads), feed_forward, *modulation]))
 
     def resample(self, patches: torch.Tensor, latents: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
-        patches = self.proj_in(patches)
-        patches = patches if time is None else patches + time.unsqueeze(1)
-        for layer in self.layers:
-            latents = layer(patches, latents, time)
+        """``patches`` (B, N, image_dim), ``latents`` (B, K, dim), ``time`` (B, dim) -> tokens (B, K, out)."""
+        patches = self.proj_in(patches) if time is None else self.proj_in(patches) + time.unsqueeze(1)
+        blocks: Any = self.layers
+        for attention, feed_forward, *modulation in blocks:
+            parts = [0.0] * 4 if time is None else modulation[0](time).unsqueeze(1).chunk(4, dim=2)
+            latents = latents + attention(patches, latents, *parts[:2])
+            latents = latents + feed_forward[1:](feed_forward[0](latents) * (1 + parts[3]) + parts[2])
         return self.norm_out(self.proj_out(latents))
 
 
@@ -137,9 +110,9 @@ class IPAdapterPlusImageProjection(_Resampler):
         super().__init__(image_dim, dim, out, heads, inner, depth)
         self.latents = nn.Parameter(torch.randn(1, queries, dim) / dim**0.5)
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """``(B, N, image_dim)`` -> ``(B, queries, out)``."""
-        return self.resample(patches, self.latents.expand(len(patches), -1, -1))
+    def forward(self, patches: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
+        """``(B, N, image_dim)``, and an embedded time ``(B, dim)`` for one that is told it -> ``(B, queries, out)``."""
+        return self.resample(patches, self.latents.expand(len(patches), -1, -1), time)
 
 
 class IPAdapterTimeImageProjection(IPAdapterPlusImageProjection):
@@ -156,12 +129,8 @@ class IPAdapterTimeImageProjection(IPAdapterPlusImageProjection):
         weight = self.time_embedding.linear_1.weight
         return self.time_embedding(sinusoids(timestep, weight.shape[1], flip_sin_to_cos=True).to(weight.dtype))
 
-    def forward(self, patches: torch.Tensor, time: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """``(B, N, image_dim)`` and an embedded time ``(B, dim)`` -> ``(B, queries, out)``."""
-        return self.resample(patches, self.latents.expand(len(patches), -1, -1), time)
 
-
-class IPAdapterFaceIDPlusImageProjection(_Resampler):
+class IPAdapterFaceIDPlusImageProjection(IPAdapterImageProjection):
     """A resampler whose latents are a face's identity, over the patches of its picture.
 
     Attributes:
@@ -170,14 +139,9 @@ class IPAdapterFaceIDPlusImageProjection(_Resampler):
         shortcut, shortcut_scale: Add the identity's tokens to this many times the result (version 2 of the checkpoints).
     """
 
-    def __init__(
-        self, identity_dim: int, identity_inner: int, tokens: int, image_dim: int, dim: int, out: int, heads: int, inner: int,
-        depth: int,
-    ) -> None:  # fmt: skip
-        super().__init__(image_dim, dim, out, heads, inner, depth)
-        self.tokens = tokens
-        self.proj = _FeedForward(identity_dim, identity_inner, tokens * dim)
-        self.norm = nn.LayerNorm(dim)
+    def __init__(self, identity_dim: int, dim: int, tokens: int, identity_inner: int, resampler: _Resampler) -> None:
+        super().__init__(identity_dim, dim, tokens, identity_inner)
+        self.perceiver_resampler = resampler
         self.clip_embeds: torch.Tensor | None = None
         self.shortcut, self.shortcut_scale = False, 1.0
 
@@ -192,8 +156,8 @@ class IPAdapterFaceIDPlusImageProjection(_Resampler):
                 f"clip_embeds holds {len(patches)} pictures for {len(identity)} identities (of negative branches too): "
                 "pass one for each"
             )
-        latents = self.norm(self.proj(identity).unflatten(1, (self.tokens, -1)))
-        out = self.resample(patches[:: len(patches) // len(identity)], latents)
+        latents = super().forward(identity)
+        out = self.perceiver_resampler.resample(patches[:: len(patches) // len(identity)], latents)
         return latents + self.shortcut_scale * out if self.shortcut else out
 
 
@@ -234,76 +198,28 @@ class MultiIPAdapterImageProjection(nn.Module):
 
 def reads_patches(projection: nn.Module) -> bool:
     """Whether a projection reads all patches of a picture rather than its pooled embedding."""
-    return not isinstance(projection, ImageProjection)
+    return not isinstance(projection, IPAdapterImageProjection)
 
 
 def input_width(projection: nn.Module) -> int:
-    """Width of the embeddings that a projection reads."""
-    match projection:
-        case ImageProjection():
-            return projection.image_embeds.in_features
-        case IPAdapterPlusImageProjection():
-            return projection.proj_in.in_features
-        case IPAdapterFaceIDPlusImageProjection():
-            return projection.proj.in_features
-        case IPAdapterFullImageProjection() | IPAdapterFaceIDImageProjection():
-            return projection.ff.in_features
-    raise TypeError(f"a {type(projection).__name__} is no projection of an IP-Adapter")
+    """Width of the embeddings that a projection reads, in its first layer."""
+    return next(layer.in_features for layer in projection.modules() if isinstance(layer, nn.Linear))
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
-_RESAMPLER_NAMES = (
-    (r"^perceiver_resampler\.", ""),
-    (r"^(layers\.\d+)\.0\.norm1\.", r"\1.ln0."),
-    (r"^(layers\.\d+)\.0\.norm2\.", r"\1.ln1."),
-    (r"^(layers\.\d+)\.0\.(to_[qkv])\.", r"\1.attn.\2."),
-    (r"^(layers\.\d+)\.0\.to_out\.", r"\1.attn.to_out.0."),
-    (r"^(layers\.\d+)\.1\.0\.", r"\1.ff.0."),
-    (r"^(layers\.\d+)\.1\.1\.", r"\1.ff.1.net.0.proj."),
-    (r"^(layers\.\d+)\.1\.3\.", r"\1.ff.1.net.2."),
-    (r"^(layers\.\d+)\.2\.1\.", r"\1.adaln_proj."),
-)
-_NAMES = {
-    "plain": ((r"^proj\.", "image_embeds."),),
-    "full": ((r"^proj\.0\.", "ff.net.0.proj."), (r"^proj\.2\.", "ff.net.2."), (r"^proj\.3\.", "norm.")),
-    "faceid": ((r"^proj\.0\.", "ff.net.0.proj."), (r"^proj\.2\.", "ff.net.2.")),
-    "plus": _RESAMPLER_NAMES,
-    "timed": _RESAMPLER_NAMES,
-    "faceid plus": ((r"^proj\.0\.", "proj.net.0.proj."), (r"^proj\.2\.", "proj.net.2."), *_RESAMPLER_NAMES),
-}
-"""Names in the files' ``image_proj`` part -> ours."""
+_MARKS = {
+    "perceiver_resampler.proj_in.weight": "FaceID plus", "time_embedding.linear_1.weight": "timed", "latents": "plus",
+    "proj.3.weight": "full", "proj.0.weight": "FaceID", "proj.weight": "plain",
+}  # fmt: skip
+"""Names that tell the kinds apart, in this order."""
 
 
-def _kind(keys: Mapping[str, torch.Tensor]) -> str:
-    marks = {
-        "faceid plus": "perceiver_resampler.proj_in.weight", "timed": "time_embedding.linear_1.weight", "plus": "latents",
-        "full": "proj.3.weight", "faceid": "proj.0.weight", "plain": "proj.weight",
-    }  # fmt: skip
-    for kind, mark in marks.items():
-        if mark in keys:
-            return kind
-    raise WeightsError(f"image_proj holds {', '.join(sorted(keys)[:3])} ...: no kind of IP-Adapter that is known here")
-
-
-def _renamed(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for key, tensor in tensors.items():
-        parts = [(key, tensor)]
-        if ".to_kv." in key:
-            parts = [(key.replace("to_kv", name), half) for name, half in zip(("to_k", "to_v"), tensor.chunk(2), strict=True)]
-        for name, part in parts:
-            for pattern, new in _NAMES[kind]:
-                name = re.sub(pattern, new, name)
-            found[name] = part
-    return found
-
-
-def _resampler_sizes(shape: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int, int, int, int]:
+def _resampler_sizes(shape: Mapping[str, tuple[int, ...]], prefix: str = "") -> tuple[int, int, int, int, int, int]:
     """``image_dim``, ``dim``, ``out``, ``heads``, ``inner`` and ``depth`` of a resampler."""
-    (dim, image_dim), (out, _) = shape["proj_in.weight"], shape["proj_out.weight"]
-    depth = len({key.split(".")[1] for key in shape if key.startswith("layers.")})
-    heads, inner = shape["layers.0.attn.to_q.weight"][0] // HEAD, shape["layers.0.ff.1.net.0.proj.weight"][0]
+    (dim, image_dim), (out, _) = shape[f"{prefix}proj_in.weight"], shape[f"{prefix}proj_out.weight"]
+    depth = len({key.removeprefix(prefix).split(".")[1] for key in shape if key.startswith(f"{prefix}layers.")})
+    heads, inner = shape[f"{prefix}layers.0.0.to_q.weight"][0] // HEAD, shape[f"{prefix}layers.0.1.1.weight"][0]
     return image_dim, dim, out, heads, inner, depth
 
 
@@ -317,38 +233,36 @@ def build_projection(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, wh
         timed: Whether the network needs one that is told the time.
 
     Raises:
-        WeightsError: They are of no known kind, or do not fit it.
+        WeightsError: They are of no known kind, do not fit it, or are for another network.
     """
-    kind = _kind(tensors)
+    kind = next((kind for mark, kind in _MARKS.items() if mark in tensors), None)
+    if kind is None:
+        raise WeightsError(f"image_proj holds {', '.join(sorted(tensors)[:3])} ...: no kind of IP-Adapter that is known here")
     if (kind == "timed") != timed:
         raise WeightsError(f"{where} holds an image_proj ({kind}) that was made for another network (SD 1.5, SDXL, SD 3, FLUX ...)")
-    named = _renamed(kind, tensors)
-    shape = {key: tuple(tensor.shape) for key, tensor in named.items()}
     try:
         with torch.device("meta"):
-            module = _build(kind, shape)
+            module = _build(kind, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     except KeyError as error:
         raise WeightsError(f"{where}: the image_proj of an IP-Adapter ({kind}) lacks {error}: download it again") from error
-    assign(module, named, dtype, f"image_proj of {where}")
+    assign(module, tensors, dtype, f"image_proj of {where}")
     return module.eval()
 
 
 def _build(kind: str, shape: Mapping[str, tuple[int, ...]]) -> nn.Module:
-    if kind == "plain":
-        (rows, image_dim), (dim,) = shape["image_embeds.weight"], shape["norm.weight"]
-        return ImageProjection(image_dim, dim, rows // dim)
     if kind in ("plus", "timed"):
         sizes = *_resampler_sizes(shape), shape["latents"][1]
         if kind == "timed":
             return IPAdapterTimeImageProjection(*sizes, shape["time_embedding.linear_1.weight"][1])
         return IPAdapterPlusImageProjection(*sizes)
-    (dim,) = shape["norm.weight"]
-    first, last = (
-        ("proj.net.0.proj.weight", "proj.net.2.weight") if kind == "faceid plus" else ("ff.net.0.proj.weight", "ff.net.2.weight")
-    )
-    (inner, image_dim), (rows, _) = shape[first], shape[last]
     if kind == "full":
-        return IPAdapterFullImageProjection(image_dim, dim)
-    if kind == "faceid":
-        return IPAdapterFaceIDImageProjection(image_dim, dim, inner, rows // dim)
-    return IPAdapterFaceIDPlusImageProjection(image_dim, inner, rows // dim, *_resampler_sizes(shape))
+        return IPAdapterFullImageProjection(shape["proj.0.weight"][1], *shape["proj.3.weight"])
+    (dim,) = shape["norm.weight"]
+    if kind == "plain":
+        rows, image_dim = shape["proj.weight"]
+        return IPAdapterImageProjection(image_dim, dim, rows // dim)
+    (inner, image_dim), (rows, _) = shape["proj.0.weight"], shape["proj.2.weight"]
+    own = image_dim, dim, rows // dim, inner
+    if kind == "FaceID":
+        return IPAdapterImageProjection(*own)
+    return IPAdapterFaceIDPlusImageProjection(*own, _Resampler(*_resampler_sizes(shape, "perceiver_resampler.")))
