@@ -503,10 +503,10 @@ def test_several_adapters_and_pictures_of_third(checkpoint: Checkpoint) -> None:
 
 
 def test_third_from_a_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """With its default names, and the encoder beside it."""
+    """With its default name, the encoder beside it, and the parameters named as in the reference's network."""
     reference, pipe = pair(checkpoint, THIRD, "plain")
     expected = pipe(**third_call(), generator=seeded(1)).images
-    file = adapter_file(checkpoint(THIRD)[1].transformer)
+    file = {**adapter_file(checkpoint(THIRD)[1].transformer), "image_proj": reference.transformer.image_proj.state_dict()}
     tensors = {f"{part}.{key}": tensor for part, keys in file.items() for key, tensor in keys.items()}
     save_file(tensors, tmp_path / "ip-adapter.safetensors")
     reference.image_encoder.save_pretrained(tmp_path / "image_encoder")
@@ -588,7 +588,7 @@ def test_files_that_cannot_work(checkpoint: Checkpoint, tmp_path: Path) -> None:
             pipe.load_ip_adapter(wrong)
     with pytest.raises(ValueError, match="weight_name"):
         pipe.load_ip_adapter(tmp_path)
-    with pytest.raises(ValueError, match="subfolder has 1 values for 2"):
+    with pytest.raises(ValueError, match="subfolder is a list of 1 for 2"):
         pipe.load_ip_adapter([file, file])
     assert pipe.unet.encoder_hid_proj is None
     flux = pair(checkpoint, FLUX)[1]

@@ -42,16 +42,15 @@ class FluxPicturePrompts(FlowFamily):
             ValueError, HubError, WeightsError: As for a U-Net.
         """
         options = (revision, token, cache_dir, local_files_only, force_download)
-
-        def encoder_of(source: Source, folder: str) -> tuple[Source, str] | None:
-            place = image_encoder_pretrained_model_name_or_path
-            if place is None:
-                return None
-            if "/" in str(place):
-                return Source(place, None, *options[1:]), image_encoder_subfolder
-            return source, "/".join(part for part in (folder, str(place), image_encoder_subfolder) if part)
-
-        self._load_adapters(pretrained_model_name_or_path_or_dict, subfolder, weight_name, options, encoder_of)
+        place, source = image_encoder_pretrained_model_name_or_path, None
+        folder: str | None = image_encoder_subfolder
+        if place is None:
+            folder = None
+        elif "/" in str(place):
+            source = Source(place, None, *options[1:])
+        else:
+            folder = f"{place}/{folder}" if folder else str(place)
+        self._load_adapters(pretrained_model_name_or_path_or_dict, subfolder, weight_name, options, folder, source)
 
     def embed_pictures(self, run: Run, guided: bool) -> list[torch.Tensor]:
         args, adapters = run.args, projections_of(self.denoiser)

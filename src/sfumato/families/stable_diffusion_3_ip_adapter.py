@@ -34,10 +34,8 @@ class SD3PicturePrompts(FlowFamily):
         cache_dir: PathLike | None = None, local_files_only: bool = False, force_download: bool = False,
     ) -> None:  # fmt: skip
         """Loads one IP-Adapter, or several from lists: arguments and errors are those of U-Nets, in the order of this class."""
-        super().load_ip_adapter(
-            pretrained_model_name_or_path_or_dict, subfolder, weight_name, image_encoder_folder, revision=revision, token=token,
-            cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download,
-        )  # fmt: skip
+        options = (revision, token, cache_dir, local_files_only, force_download)
+        self._load_adapters(pretrained_model_name_or_path_or_dict, subfolder, weight_name, options, image_encoder_folder)
 
     def picture_processor(self, size: int) -> Any:
         from transformers import SiglipImageProcessor

@@ -213,6 +213,17 @@ _MARKS = {
     "proj.3.weight": "full", "proj.0.weight": "FaceID", "proj.weight": "plain",
 }  # fmt: skip
 """Names that tell the kinds apart, in this order."""
+_ORIGINAL = {
+    ".ln0.": ".0.norm1.", ".ln1.": ".0.norm2.", ".attn.to_out.0.": ".0.to_out.", ".attn.": ".0.", ".adaln_norm.": ".1.0.",
+    ".ff.net.0.proj.": ".1.1.", ".ff.net.2.": ".1.3.", ".adaln_proj.": ".2.1.",
+}  # fmt: skip
+"""Parts of names in the safetensors files for Stable Diffusion 3, which are the field's -> those of the original."""
+
+
+def _original(name: str) -> str:
+    for part, original in _ORIGINAL.items():
+        name = name.replace(part, original)
+    return name
 
 
 def _resampler_sizes(shape: Mapping[str, tuple[int, ...]], prefix: str = "") -> tuple[int, int, int, int, int, int]:
@@ -235,6 +246,7 @@ def build_projection(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, wh
     Raises:
         WeightsError: They are of no known kind, do not fit it, or are for another network.
     """
+    tensors = {_original(name): tensor for name, tensor in tensors.items()}
     kind = next((kind for mark, kind in _MARKS.items() if mark in tensors), None)
     if kind is None:
         raise WeightsError(f"image_proj holds {', '.join(sorted(tensors)[:3])} ...: no kind of IP-Adapter that is known here")

@@ -7,7 +7,7 @@ pictures and reads the scales when it starts.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import PurePath
 from typing import Any, ClassVar
@@ -69,24 +69,18 @@ class PicturePrompts(ImagePipeline):
             WeightsError: A file is a pickle, corrupt, of no known kind, or was made for another network.
         """
         options = (revision, token, cache_dir, local_files_only, force_download)
-
-        def encoder_of(source: Source, folder: str) -> tuple[Source, str] | None:
-            if image_encoder_folder is None:
-                return None
-            inside = PurePath("" if "/" in image_encoder_folder else folder) / image_encoder_folder
-            return source, inside.as_posix()
-
-        self._load_adapters(pretrained_model_name_or_path_or_dict, subfolder, weight_name, options, encoder_of)
+        self._load_adapters(pretrained_model_name_or_path_or_dict, subfolder, weight_name, options, image_encoder_folder)
 
     def _load_adapters(
-        self, given: Any, subfolder: Any, weight_name: Any, options: tuple[Any, ...],
-        encoder_of: Callable[[Source, str], tuple[Source, str] | None],
+        self, given: Any, subfolder: Any, weight_name: Any, options: tuple[Any, ...], encoder_folder: str | None,
+        encoder_source: Source | None = None,
     ) -> None:  # fmt: skip
-        """Loads IP-Adapters, and an image encoder from where ``encoder_of`` the first file's source and folder says."""
+        """Loads IP-Adapters, and an image encoder from beside the first file, unless it has a source of its own."""
         if "ip_adapter_image" not in self.call_signature.parameters:
             raise ValueError(f"{type(self).__name__} takes no picture prompts: use a pipeline that has ip_adapter_image")
         places = _listed(given)
-        folders, names = (_one_each(x, len(places), n) for x, n in ((subfolder, "subfolder"), (weight_name, "weight_name")))
+        folders = _for_each(_listed(subfolder), len(places), "subfolder")
+        names = _for_each(_listed(weight_name), len(places), "weight_name")
         wanted = "image_encoder" in self.component_names and self.image_encoder is None
         files, encoder = [], None
         for place, folder, name in zip(places, folders, names, strict=True):
@@ -95,8 +89,10 @@ class PicturePrompts(ImagePipeline):
                 continue
             source = Source(place, *options)
             files.append(_read(source, folder or "", name))
-            if wanted and encoder is None and (found := encoder_of(source, folder or "")) is not None:
-                encoder = self._load_encoder(*found)
+            if wanted and encoder is None and encoder_folder is not None:
+                beside = encoder_source is None and "/" not in encoder_folder and folder
+                place = f"{folder}/{encoder_folder}" if beside else encoder_folder
+                encoder = self._load_encoder(encoder_source or source, place)
         attach(self.denoiser, files, self.adapter_weights, self.adapter_scale)
         if encoder is not None:
             self.image_encoder, self._encoder_of_adapter = encoder, True
@@ -218,10 +214,7 @@ class PicturePrompts(ImagePipeline):
         super().check(run)
         args, adapters = run.args, projections_of(self.denoiser)
         keywords = getattr(args, self.attention_keywords) or {}
-        for name in keywords:
-            if name != _MASKS:
-                near = did_you_mean(name, (_MASKS,))
-                raise ValueError(f"{self.attention_keywords}={keywords!r} reaches no adapter with {name!r}{near}: leave it out")
+        refuse_unknown(keywords, (_MASKS,), f"{self.attention_keywords} takes {_MASKS}; it has", ValueError)
         names = [f"{sign}ip_adapter_image" for sign in ("", "negative_")]
         for name in names:
             if getattr(args, name) is not None and getattr(args, f"{name}_embeds") is not None:
@@ -338,13 +331,6 @@ def detach(network: Any) -> None:
 
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _one_each(value: Any, count: int, name: str) -> list[Any]:
-    found = _listed(value)
-    if len(found) != count:
-        raise ValueError(f"{name} has {len(found)} values for {count} IP-Adapters: pass a list with one for each")
-    return found
 
 
 _XLABS = (
@@ -487,9 +473,7 @@ def _scale_table(scales: Sequence[Sequence[Any]], counts: Sequence[int], masked:
 def _for_each(value: Any, count: int, name: str) -> list[Any]:
     if not isinstance(value, (list, tuple)) or len(value) != count:
         what = f"a list of {len(value)}" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
-        raise ValueError(
-            f"{name} is {what} for {count} IP-Adapters: pass a list with one for each, which may be a list of pictures"
-        )
+        raise ValueError(f"{name} is {what} for {count} IP-Adapters: pass a list with one for each, or lists in it of pictures")
     return list(value)
 
 

@@ -110,8 +110,7 @@ def prompted_layers(network: nn.Module) -> dict[str, Attention | JointAttention]
     """
     found: dict[str, Attention | JointAttention] = {}
     for name, module in network.named_modules():
-        if (isinstance(module, Attention) and name.endswith("attn2")) or (
-            isinstance(module, JointAttention) and isinstance(module.to_out, nn.Sequential)
-        ):
+        reads_text = isinstance(module, Attention) and name.endswith("attn2")
+        if reads_text or (isinstance(module, JointAttention) and isinstance(module.to_out, nn.Sequential)):
             found[name.removeprefix("_orig_mod.")] = module  # which compiled networks put before it
     return found
