@@ -90,7 +90,7 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("text", {"clip_skip": -1}, ValueError, r"clip_skip=-1 must lie in 0\.\.3"),
     ("text", {"prompt_syntax": "odd"}, ValueError, r"prompt_syntax='odd' is unknown: expected one of \('plain', 'weighted'\)"),
     ("text", {"ip_adapter_image": tiny.picture()}, ValueError, r"ip_adapter_image is given, but no IP-Adapter is loaded"),
-    ("text", {"cross_attention_kwargs": {"scale": 0.5}}, ValueError, r"kwargs=\{'scale': 0\.5\} reaches no adapter"),
+    ("text", {"cross_attention_kwargs": {"scale": 0.5}}, ValueError, r"kwargs takes ip_adapter_masks alone: leave out 'scale'"),
     ("text", {"eta": 5}, ValueError, r"eta=5 .*choose a value in 0\.\.1"),
     ("image", {}, ValueError, r"image=None: this pipeline starts from a picture; pass one"),
     ("image", {**PICTURE, "strength": 1.5}, ValueError, r"strength=1\.5 must lie in 0\.\.1"),

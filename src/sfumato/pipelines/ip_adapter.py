@@ -214,7 +214,7 @@ class PicturePrompts(ImagePipeline):
         super().check(run)
         args, adapters = run.args, projections_of(self.denoiser)
         keywords = getattr(args, self.attention_keywords) or {}
-        refuse_unknown(keywords, (_MASKS,), f"{self.attention_keywords} takes {_MASKS}; it has", ValueError)
+        refuse_unknown(keywords, (_MASKS,), f"{self.attention_keywords} takes {_MASKS} alone: leave out", ValueError)
         names = [f"{sign}ip_adapter_image" for sign in ("", "negative_")]
         for name in names:
             if getattr(args, name) is not None and getattr(args, f"{name}_embeds") is not None:
