@@ -43,10 +43,7 @@ def on_flow(name: str, **config: Any) -> Callable[[int], Any]:
         scheduler = getattr(schedulers, name)(**config)
         sigmas = np.geomspace(HIGH, LOW, (evaluations + 1) // scheduler.order + 1)
         levels = (sigmas / (1 + sigmas)).tolist()
-        if "sigmas" in type(scheduler).set_timesteps.__code__.co_varnames:
-            scheduler.set_timesteps(sigmas=levels)
-        else:
-            scheduler._lay_out(None, sigmas=levels)  # the class has no argument for it
+        scheduler.set_timesteps(sigmas=levels)
         return scheduler
 
     return make

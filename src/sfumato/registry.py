@@ -34,11 +34,12 @@ _MODULES: dict[str, str] = {
     "models.redux": "ReduxImageEncoder ReduxImageEncoderOutput",
     "schedulers.base": "Scheduler SchedulerMixin SchedulerOutput KarrasDiffusionSchedulers",
     "schedulers.discrete": "DDPMScheduler DDIMScheduler PNDMScheduler DDPMParallelScheduler DDIMParallelScheduler"
-    " DDIMInverseScheduler RePaintScheduler UnCLIPScheduler DDPMWuerstchenScheduler CogVideoXDDIMScheduler CogVideoXDPMScheduler",
+    " DDIMInverseScheduler RePaintScheduler UnCLIPScheduler DDPMWuerstchenScheduler CogVideoXDDIMScheduler CogVideoXDPMScheduler"
+    " IPNDMScheduler",
     "schedulers.euler": "EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler KDPM2DiscreteScheduler"
-    " KDPM2AncestralDiscreteScheduler DPMSolverSDEScheduler",
-    "schedulers.dpm": "DPMSolverMultistepScheduler DPMSolverMultistepInverseScheduler DPMSolverSinglestepScheduler",
-    "schedulers.multistep": "DEISMultistepScheduler UniPCMultistepScheduler SASolverScheduler LMSDiscreteScheduler IPNDMScheduler",
+    " KDPM2AncestralDiscreteScheduler LMSDiscreteScheduler DPMSolverSDEScheduler",
+    "schedulers.dpm": "DPMSolverMultistepScheduler DPMSolverMultistepInverseScheduler DPMSolverSinglestepScheduler"
+    " DEISMultistepScheduler UniPCMultistepScheduler SASolverScheduler",
     "schedulers.edm": "EDMEulerScheduler EDMDPMSolverMultistepScheduler CosineDPMSolverMultistepScheduler",
     "schedulers.flow": "FlowMatchEulerDiscreteScheduler FlowMatchHeunDiscreteScheduler FlowMatchLCMScheduler"
     " LTXEulerAncestralRFScheduler",

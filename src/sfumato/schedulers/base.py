@@ -24,8 +24,7 @@ from .. import registry
 from ..config import ConfigMixin, read_json
 from ..errors import ConfigError
 from ..outputs import BaseOutput
-from ..random import Generators
-from .keys import KEYS, document, signature
+from .keys import DOCS, KEYS, METHODS, document, method, signature
 from .noise import (
     beta_table,
     given_steps,
@@ -43,6 +42,8 @@ Device = str | torch.device | None
 Time = float | Tensor
 Count = int | None
 Values = Sequence[float] | None
+STOCHASTIC = "model_output, timestep, sample, generator=None, return_dict=True"
+"""What ``step`` takes where a solver draws noise and nothing else."""
 Update = tuple[Tensor, Tensor | None]
 """What a solver returns: the sample at the next level, and the denoised sample where it has one."""
 
@@ -91,6 +92,10 @@ class SchedulerMixin(ConfigMixin):
     config_keys: ClassVar[str]  # names of keys and groups of the catalogue, see keys.py
     config_defaults: ClassVar[Mapping[str, Any]] = {}  # where they differ from the catalogue's
     config_choices: ClassVar[Mapping[str, tuple]] = {}  # of values, where they differ from the catalogue's
+    step_takes: ClassVar[str] = "model_output, timestep, sample, return_dict=True"  # as a def has them
+    set_timesteps_takes: ClassVar[str] = "num_inference_steps, device=None"
+    _least: ClassVar[int] = 1  # steps that a run has
+    _most: ClassVar[int | None] = None  # at most; 0 stands for the training steps
     order: ClassVar[int] = 1
     _output: ClassVar[Callable[..., Any]] = SchedulerOutput
     init_noise_sigma: float = 1.0
@@ -99,9 +104,11 @@ class SchedulerMixin(ConfigMixin):
     step_index: int | None = None
     begin_index: int | None = None
     _times: list[float]
-    _time_type: torch.dtype = torch.int64
+    _time_type, _table_type = torch.int64, torch.float32
+    step: Callable[..., StepResult]
+    set_timesteps: Callable[..., None]
     update: Callable[..., Any]
-    """The solver: from the output, the position and the sample, the next sample, or an ``Update``."""
+    """The solver: from the output, the position, the sample and what else ``step`` takes, the next sample, or an ``Update``."""
 
     if TYPE_CHECKING:
 
@@ -109,7 +116,7 @@ class SchedulerMixin(ConfigMixin):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         if "config_keys" in cls.__dict__:
-            taken = signature(cls.config_keys, cls.__dict__.get("config_defaults", {}))
+            taken = signature(cls.config_keys, cls.config_defaults)
 
             def __init__(self: SchedulerMixin, *args: Any, **kwargs: Any) -> None:
                 for name in list(taken.parameters)[1:]:
@@ -119,7 +126,8 @@ class SchedulerMixin(ConfigMixin):
 
             __init__.__signature__ = taken  # type: ignore[attr-defined]
             cls.__init__ = __init__  # type: ignore[method-assign]
-            cls.__doc__ = f"{cls.__doc__}\n\n{document(taken)}"
+            cls.__doc__ = f"{cls.__doc__}\n\n{document(taken, DOCS)}"
+        _define(cls)
         super().__init_subclass__(**kwargs)
 
     def _build(self) -> None:
@@ -167,10 +175,29 @@ class SchedulerMixin(ConfigMixin):
         return [registry.load(name) for name in {type(self).__name__: 0, **KarrasDiffusionSchedulers.__members__}]
 
     def plot(self) -> Figure:
-        """Draws the current schedule; see :func:`sfumato.schedulers.plot.plot`."""
-        from .plot import plot
+        """Draws the noise levels (sigma over alpha), the log signal-to-noise ratio and the timesteps of the current schedule.
 
-        return plot(self)
+        The figure has three panels over the run's steps; ``figure.savefig("schedule.png")`` writes it.
+
+        Raises:
+            TypeError: The scheduler's levels are no mixtures of the clean sample and noise.
+            ImportError: matplotlib is not installed.
+        """
+        if not isinstance(self, LevelScheduler):
+            raise TypeError(f"{type(self).__name__} has no levels of signal and noise to plot: choose a scheduler on noise levels")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("scheduler.plot() needs matplotlib: pip install 'sfumato[plot]'") from error
+        signal, noise = self.fresh()._levels(self.timesteps.cpu())  # where nothing is left of either, there is a gap
+        ratio = noise.double() / signal.double()
+        panels = {"sigma": ratio, "log SNR": -2 * ratio.log(), "timestep": self.timesteps.cpu().double()}
+        figure = Figure(figsize=(12, 3.5), layout="constrained")
+        figure.suptitle(f"{type(self).__name__}, {len(ratio)} steps")
+        for axes, (label, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+            axes.plot(range(len(ratio)), values.masked_fill(~values.isfinite(), float("nan")).tolist(), marker=".")
+            axes.set(xlabel="step", ylabel=label, yscale="log" if label == "sigma" else "linear")
+        return figure
 
     def fresh(self: _S) -> _S:
         """Returns a copy with the same schedule and no run state (index, history), which shares all tables."""
@@ -229,32 +256,22 @@ class SchedulerMixin(ConfigMixin):
             raise ValueError(f"timestep has the values {sorted(values)}, expected one for the whole batch: call step for each")
         return values.pop()
 
-    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
-        """Lays out a run of so many steps, or of given times or levels: exactly one of these, unless a class says otherwise.
-
-        Args:
-            num_inference_steps: Number of steps; for solvers on training steps at most as many.
-            device: Where ``timesteps`` will lie.
-            timesteps: The run's times, descending.
-            sigmas: The run's noise levels, descending, with the level to end at unless they are a flow's.
-            mu: Logarithm of the shift of a flow's levels, with ``use_dynamic_shifting``.
-
-        Raises:
-            ValueError: None or several of them were given, or one does not fit the configuration.
-        """
-        self.num_inference_steps = self._check_count(num_inference_steps)
-        self._set_schedule(self._stops(self.num_inference_steps), device)
+    def _lay_out(self, num_inference_steps: Count, device: Device = None, timesteps: Values = None) -> None:
+        """Lays out a run; see ``set_timesteps``."""
+        self._set_schedule(self._chosen(num_inference_steps, timesteps), device)
 
     def _stops(self, count: int) -> np.ndarray:
         """Returns the timesteps of a run of so many steps."""
-        raise NotImplementedError
+        return np.arange(count)[::-1]
 
-    def _chosen(self, count: int | None, timesteps: Values) -> np.ndarray:
+    def _chosen(self, count: Count, timesteps: Values) -> np.ndarray:
         """Returns the given training steps, or those of a run of so many."""
+        if timesteps is None:
+            self.num_inference_steps = self._check_count(count)
+            return self._stops(self.num_inference_steps)
         one_source(num_inference_steps=count, timesteps=timesteps)
-        stops = self._stops(self._check_count(count)) if timesteps is None else given_steps(timesteps, len(self))
-        self.num_inference_steps = len(stops)
-        return stops
+        self.num_inference_steps = len(timesteps)
+        return given_steps(timesteps, len(self))
 
     def _set_schedule(self, timesteps: np.ndarray, device: Device = None) -> None:
         """Takes over the timesteps of a run and forgets the last run."""
@@ -262,10 +279,12 @@ class SchedulerMixin(ConfigMixin):
         self._times, self.timesteps = self.timesteps.tolist(), self.timesteps.to(device)
         self._reset()
 
-    def _check_count(self, num_inference_steps: int | None) -> int:
-        if num_inference_steps is None or operator.index(num_inference_steps) < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps}, expected at least 1")
-        return operator.index(num_inference_steps)
+    def _check_count(self, count: Count) -> int:
+        most = math.inf if self._most is None else self._most or len(self)
+        if count is None or not self._least <= operator.index(count) <= most:
+            limit = "" if self._most is None else f" and at most {most}"
+            raise ValueError(f"num_inference_steps={count}, expected at least {self._least}{limit}")
+        return operator.index(count)
 
     def _count(self) -> int:
         if self.num_inference_steps is None:
@@ -273,46 +292,26 @@ class SchedulerMixin(ConfigMixin):
         return self.num_inference_steps
 
     def _alpha_bar_table(self, floor: float = 0.0) -> Tensor:
-        """Builds ``betas``, ``alphas`` and ``alphas_cumprod`` (float32, one per training step) from the configuration."""
-        ends = self._own("beta_start", 0.0001), self._own("beta_end", 0.02)
-        self.betas = beta_table(self._own("beta_schedule", "squaredcos_cap_v2"), len(self), *ends, self._own("trained_betas", None))
+        """Builds ``betas``, ``alphas`` and ``alphas_cumprod`` (one per training step) from the configuration."""
+        ends, trained = (self._own("beta_start", 0.0001), self._own("beta_end", 0.02)), self._own("trained_betas", None)
+        schedule, shift = self._own("beta_schedule", "squaredcos_cap_v2"), self._own("snr_shift_scale", 1.0)
+        self.betas = beta_table(schedule, len(self), *ends, trained, self._table_type)
+        alpha_bar = (1 - self.betas).cumprod(0)
+        alpha_bar = alpha_bar / (shift + (1 - shift) * alpha_bar)
         if self._own("rescale_betas_zero_snr", False):
-            alpha_bar = zero_terminal((1.0 - self.betas).cumprod(0))
+            alpha_bar = zero_terminal(alpha_bar)
             self.betas = 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
-        self.alphas = 1.0 - self.betas
-        self.alphas_cumprod = self.alphas.cumprod(0)
-        if self.alphas_cumprod[-1] == 0:
-            self.alphas_cumprod[-1] = floor
-        return self.alphas_cumprod
+        if alpha_bar[-1] == 0:
+            alpha_bar[-1] = floor
+        self.alphas, self.alphas_cumprod = 1 - self.betas, alpha_bar
+        return alpha_bar
 
     def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
         """Returns the sample as the network expects it at this timestep: unchanged, unless a scheduler says otherwise."""
         return sample
 
-    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:
-        """Goes one step towards the clean sample (of solvers that ask the network twice a step: one evaluation further).
-
-        Args:
-            model_output: ``(B, C, ...)``, or ``(B, 2C, ...)`` with a learned variance.
-            timestep: Of this step, an element of ``timesteps``; solvers on sigmas read it in a run's first step only.
-            sample: ``(B, C, ...)``.
-            generator: Source of the noise, where a solver adds any.
-            variance_noise: The noise itself, in place of ``generator``.
-            eta: Share of the noise that is fresh, 0 (none) to 1 (DDIM: as DDPM; TCD, which calls it gamma: as LCM).
-            use_clipped_model_output: Recompute the noise from the clipped denoised sample.
-            s_churn, s_tmin, s_tmax: Noise that a run adds before its steps (0: none), at sigmas in ``s_tmin``..``s_tmax``; flow
-                models refuse it.
-            s_noise: Factor of the noise.
-            order: Most levels whose slopes are used.
-            return_dict: Return a :class:`SchedulerOutput`, else the tuple of its fields.
-
-        Raises:
-            ValueError: ``set_timesteps`` was not called, the timestep is not in the schedule, or the run is at its end.
-        """
-        return self._advance(model_output, timestep, sample, return_dict)
-
     def _advance(self, output: Tensor, timestep: Time, sample: Tensor, return_dict: bool, *more: Any) -> StepResult:
-        """Solves the step, with what more ``update`` takes; moves on by one position and wraps the result."""
+        """Solves the step, with what more ``step`` was given; moves on by one position and wraps the result."""
         new = self.update(output, self._position(timestep), wide(sample), *more)
         there, x0 = new if isinstance(new, tuple) else (new, None)
         if self.step_index is not None:
@@ -324,16 +323,15 @@ class SchedulerMixin(ConfigMixin):
         return (there,) if x0 is None else (there, x0)
 
 
+def _define(cls: type[SchedulerMixin]) -> None:
+    """Gives a class the methods whose arguments it lists."""
+    for name in METHODS:
+        if takes := cls.__dict__.get(f"{name}_takes"):
+            setattr(cls, name, method(name, takes))
+
+
+_define(SchedulerMixin)
 Scheduler = SchedulerMixin  # as users call it: ``Scheduler.from_name("dpmpp_2m_karras")``
-
-
-class StochasticScheduler(SchedulerMixin):
-    """Base of the schedulers that add noise in each step; ``update`` draws it from a generator."""
-
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
-    ) -> StepResult:
-        return self._advance(model_output, timestep, sample, return_dict, generator)
 
 
 class LevelScheduler(SchedulerMixin):
@@ -353,7 +351,9 @@ class LevelScheduler(SchedulerMixin):
         x0 = mix(self._coefficients(alpha, sigma), x, output)
         if self._thresholds:
             return dynamic_threshold(x0, c["dynamic_thresholding_ratio"], c["sample_max_value"])
-        return x0.clamp(-self._range, self._range) if self._clips else x0
+        if self._clips:
+            return (x0.clamp if x0 is output else x0.clamp_)(-self._range, self._range)
+        return x0
 
     def _coefficients(self, alpha: float, sigma: float) -> tuple[float, float]:
         """Returns ``(a, b)`` with ``x0 = a * x + b * output``."""
@@ -386,6 +386,7 @@ class StepScheduler(LevelScheduler):
     """Base of the solvers that know a noise level by its training step, which is the position that ``update`` is given."""
 
     predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction")
+    _most = 0
 
     def _build(self) -> None:
         super()._build()
@@ -394,8 +395,6 @@ class StepScheduler(LevelScheduler):
         self._set_schedule(np.arange(len(self))[::-1])
 
     def _stops(self, count: int) -> np.ndarray:
-        if count > len(self):
-            raise ValueError(f"num_inference_steps={count} is more than the {len(self)} steps this model was trained with")
         stops = integer_steps(self.config["timestep_spacing"], count, len(self), self.config["steps_offset"])
         return stops.round().astype(np.int64)
 
@@ -476,17 +475,16 @@ class SigmaScheduler(LevelScheduler):
         self._set_schedule(timesteps, device)
 
     def _lay_out(
-        self, device: Device, count: int | None = None, timesteps: Any = None, sigmas: Any = None, mu: float | None = None,
-        train_steps: int | None = None,
+        self, num_inference_steps: Count = None, device: Device = None, timesteps: Values = None, sigmas: Values = None,
+        mu: float | None = None, num_train_timesteps: Count = None,
     ) -> None:  # fmt: skip
-        """Lays out a run, see :meth:`set_timesteps`, on the first ``train_steps`` training steps."""
-        one_source(num_inference_steps=count, timesteps=timesteps, sigmas=sigmas)
+        one_source(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         if mu is not None and not self.config.get("use_dynamic_shifting"):
             raise ValueError(f"mu={mu} needs a scheduler with use_dynamic_shifting=True")
         if timesteps is not None and not self._takes_times():
             spacings = "use_..._sigmas, timestep_type='continuous' or use_flow_sigmas"
             raise ValueError(f"timesteps cannot be set with {spacings}: pass num_inference_steps, or change the configuration")
-        self._take(*self._run_levels(count, timesteps, sigmas, mu, train_steps), device)
+        self._take(*self._run_levels(num_inference_steps, timesteps, sigmas, mu, num_train_timesteps), device)
 
     def _take(self, levels: np.ndarray, times: np.ndarray, device: Device) -> None:
         self.num_inference_steps = len(times)

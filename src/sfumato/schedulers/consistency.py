@@ -16,9 +16,9 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..outputs import BaseOutput
 from ..random import Generators
-from .base import Count, Device, SigmaScheduler, StepResult, StepScheduler, StochasticScheduler, Time, Update, Values
+from .base import STOCHASTIC, Count, Device, SchedulerMixin, SigmaScheduler, StepScheduler, Time, Update, Values
 from .noise import given_steps, noise_like, one_source, sigma_ramp
-from .prediction import denoised_coefficients, mix, noise_coefficients
+from .prediction import blend, denoised_coefficients, mix, noise_coefficients
 
 
 @dataclass
@@ -37,9 +37,10 @@ class TCDSchedulerOutput(BaseOutput):
     pred_noised_sample: Tensor | None = None
 
 
-class ConsistencyScheduler(StochasticScheduler):
+class ConsistencyScheduler(SchedulerMixin):
     """Base of multistep consistency sampling."""
 
+    step_takes = STOCHASTIC
     _tells_denoised = True  # whether the clean sample is part of a step's result
     _jump: Callable[[Tensor, int, Tensor], Tensor]
     """Returns the clean sample, from the output, the position and the sample: the consistency function."""
@@ -50,7 +51,7 @@ class ConsistencyScheduler(StochasticScheduler):
         """Jumps to the clean sample and, unless it is the last step, back with noise (arXiv:2303.01469 algorithm 1)."""
         self._count()
         x0, levels = self._jump(output, i, x), self._next_level(i)
-        new = x0 if levels is None else mix(levels, x0, noise_like(output, generator))
+        new = x0 if levels is None else blend((1.0, levels[0]), (noise_like(output, generator, levels[1]), x0))
         return new, x0 if self._tells_denoised else None
 
 
@@ -58,7 +59,7 @@ class DistilledScheduler(StepScheduler):
     """Base of samplers for models distilled on the training steps of another sampler."""
 
     _resets_origin = False  # whether set_timesteps(original_inference_steps=...) takes all training steps, whatever it says
-    _position = StochasticScheduler._position  # in the run: given steps need not be even
+    _position = SchedulerMixin._position  # in the run: given steps need not be even
     config_keys = (
         "BETAS original_inference_steps clip_sample clip_sample_range set_alpha_to_one steps_offset"
         " prediction_type LIMITS timestep_spacing timestep_scaling rescale_betas_zero_snr"
@@ -121,18 +122,13 @@ class TCDScheduler(DistilledScheduler):
     _output = TCDSchedulerOutput
     _resets_origin = True
 
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, eta: float = 0.3, generator: Generators = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
-        """Goes one step; ``eta``, gamma in the paper, is the share of fresh noise, 0..1 (as LCM). See :class:`SchedulerMixin`."""
-        self._count()
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta={eta}, expected 0 (no fresh noise) to 1 (all noise fresh)")
-        return self._advance(model_output, timestep, sample, return_dict, eta, generator)
+    step_takes = "model_output, timestep, sample, eta=0.3, generator=None, return_dict=True"
 
     def update(self, output: Tensor, i: int, x: Tensor, eta: float, generator: Generators) -> Update:
         """Strategic stochastic sampling (algorithm 4): down to a level beyond the next, and up from there with noise."""
+        self._count()
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta={eta}, expected 0 (no fresh noise) to 1 (all noise fresh)")
         t, following = int(self._times[i]), int([*self._times, 0][i + 1])
         beyond = self._alpha_bar[int((1 - eta) * following)]
         levels, kept = self._signal_noise(t), self._alpha_bar[following] / beyond
@@ -141,7 +137,7 @@ class TCDScheduler(DistilledScheduler):
         noised = mix((own, of_output), x, output)
         if not eta or i + 1 == len(self._times):
             return noised, noised
-        return mix((math.sqrt(kept), math.sqrt(1 - kept)), noised, noise_like(output, generator)), noised
+        return blend((1.0, math.sqrt(kept)), (noise_like(output, generator, math.sqrt(1 - kept)), noised)), noised
 
 
 class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
@@ -150,18 +146,17 @@ class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
     _tells_denoised, _time_type = False, torch.float64
     config_keys = "num_train_timesteps sigma_min sigma_max sigma_data s_noise rho clip_denoised"
     config_defaults = {"num_train_timesteps": 40, "sigma_min": 0.002, "sigma_max": 80.0}
+    set_timesteps_takes = "num_inference_steps=None, device=None, timesteps=None"
+    _most = 0
 
     def _build(self) -> None:
         self.init_noise_sigma = self.config["sigma_max"]
         self._lay_places(np.arange(len(self)))
 
-    def set_timesteps(self, num_inference_steps: Count = None, device: Device = None, timesteps: Values = None) -> None:
-        """Lays out a run; ``timesteps`` are positions among the trained levels, 0 the noisiest. See :class:`SchedulerMixin`."""
+    def _lay_out(self, num_inference_steps: Count, device: Device, timesteps: Values) -> None:  # type: ignore[override]
         self._lay_places(self._chosen(num_inference_steps, timesteps)[::-1], device)
 
     def _stops(self, count: int, train_steps: int | None = None) -> np.ndarray:
-        if count > len(self):
-            raise ValueError(f"num_inference_steps={count}, expected at most num_train_timesteps={len(self)}")
         return np.arange(count)[::-1] * (len(self) // count)
 
     def _lay_places(self, places: np.ndarray, device: Device = None) -> None:
@@ -196,7 +191,9 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler, StepScheduler):
     """The two steps of DALL-E 3's consistency decoder, on the cosine table."""
 
     _tells_denoised = False
-    _position = StochasticScheduler._position
+    _position = SchedulerMixin._position
+    _least = _most = 2
+    set_timesteps_takes = "num_inference_steps=None, device=None"
     config_keys = "num_train_timesteps sigma_data"
     config_defaults = {"num_train_timesteps": 1024}
 
@@ -205,12 +202,6 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler, StepScheduler):
             raise ConfigError(f"num_train_timesteps={len(self)}, expected 1024: the decoder steps from 1008 to 512")
         super()._build()
         self.init_noise_sigma = self._signal_noise(1008)[1]
-
-    def set_timesteps(self, num_inference_steps: Count = None, device: Device = None) -> None:
-        """Lays out the run of two steps; another number is a ValueError."""
-        if num_inference_steps != 2:
-            raise ValueError(f"num_inference_steps={num_inference_steps}, expected 2: the decoder was trained for these")
-        super().set_timesteps(2, device)
 
     def _stops(self, count: int) -> np.ndarray:
         return np.array([1008, 512])
@@ -240,11 +231,12 @@ class SCMScheduler(ConsistencyScheduler):
     config_keys = "num_train_timesteps prediction_type sigma_data"
     config_defaults = {"prediction_type": "trigflow"}
     config_choices = {"prediction_type": ("trigflow",)}
+    _most = 0
 
     def _build(self) -> None:
         self._set_schedule(np.arange(len(self))[::-1])
 
-    def set_timesteps(  # type: ignore[override]
+    def set_timesteps(
         self, num_inference_steps: int, timesteps: Values | Tensor = None, device: Device = None,
         max_timesteps: float | None = 1.57080, intermediate_timesteps: float | None = 1.3,
     ) -> None:  # fmt: skip
@@ -255,8 +247,8 @@ class SCMScheduler(ConsistencyScheduler):
         count = self._check_count(num_inference_steps)
         one_source(timesteps=timesteps, max_timesteps=max_timesteps)
         middle = intermediate_timesteps
-        if count > len(self) or (timesteps is not None and len(timesteps) != count + 1):
-            raise ValueError(f"num_inference_steps={count}, expected at most {len(self)}, and one less than there are timesteps")
+        if timesteps is not None and len(timesteps) != count + 1:
+            raise ValueError(f"num_inference_steps={count}, expected one less than there are timesteps")
         if middle is not None and (count != 2 or timesteps is not None):
             raise ValueError(f"intermediate_timesteps={middle} is for num_inference_steps=2 without timesteps: set it to None")
         if timesteps is not None:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..random import Generators
-from .base import Count, Device, LevelScheduler, StepResult, StepScheduler, StochasticScheduler, Time, Update, Values
-from .noise import beta_table, noise_like, one_source, zero_terminal
+from .base import STOCHASTIC, Count, Device, LevelScheduler, SchedulerMixin, StepScheduler, Time, Update, Values
+from .noise import noise_like, one_source
 from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance, wide
 
 
-class DDPMScheduler(StochasticScheduler, StepScheduler):
+class DDPMScheduler(StepScheduler):
     """Ancestral sampling from the posterior of the forward process (arXiv:2006.11239)."""
 
     config_keys = "BETAS variance_type clip_sample prediction_type BOUNDS SPACING rescale_betas_zero_snr"
@@ -28,8 +29,8 @@ class DDPMScheduler(StochasticScheduler, StepScheduler):
     _variances = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
     config_choices = {"variance_type": (*_variances, None)}
 
-    def set_timesteps(self, num_inference_steps: Count = None, device: Device = None, timesteps: Values = None) -> None:
-        self._set_schedule(self._chosen(num_inference_steps, timesteps), device)
+    step_takes = STOCHASTIC
+    set_timesteps_takes = "num_inference_steps=None, device=None, timesteps=None"
 
     def _set_schedule(self, timesteps: np.ndarray, device: Device = None) -> None:
         super()._set_schedule(timesteps, device)
@@ -39,28 +40,28 @@ class DDPMScheduler(StochasticScheduler, StepScheduler):
         """Posterior mean (eq. 7) plus noise; the step to zero draws none."""
         if following is None and (following := self._following.get(t)) is None:
             raise self._no_such(t)
-        alpha_bar, previous, beta = self._alpha_bar[t], self._alpha_bar_at(following), self._beta(t, following)
         output, predicted = split_variance(output, x.shape[1], self.config["variance_type"])
-        new, x0 = self._mean(output, alpha_bar, previous, beta, x)
-        if t > 0:
-            noise = noise_like(output, generator)
-            deviation = self._deviation(max((1 - previous) / (1 - alpha_bar) * beta, 1e-20), beta, predicted)
-            new = torch.add(new, noise, alpha=deviation) if isinstance(deviation, float) else new + deviation * noise
-        return new, x0
+        weights, x0 = self._mean(output, t, following, x)
+        if not t:
+            return mix(weights, x0, x), x0
+        deviation = self._deviation(t, following, predicted)
+        return blend((1.0, *weights), (noise_like(output, generator, deviation), x0, x)), x0
 
-    def _beta(self, t: int, following: int) -> float:
-        """Returns the variance of the noise between two training steps."""
-        return 1 - self._alpha_bar[t] / self._alpha_bar_at(following)
+    def _step(self, t: int, following: int) -> tuple[float, float, float]:
+        """Returns ``alpha_bar`` before and after a step, and the variance of the noise between."""
+        alpha_bar, previous = self._alpha_bar[t], self._alpha_bar_at(following)
+        return alpha_bar, previous, 1 - alpha_bar / previous
 
-    def _mean(self, output: Tensor, alpha_bar: float, previous: float, beta: float, x: Tensor) -> Update:
-        """Returns the posterior's mean (eq. 7) and the denoised sample."""
-        x0 = self._denoise(output, x, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
+    def _mean(self, output: Tensor, t: int, following: int, x: Tensor) -> tuple[tuple[float, float], Tensor]:
+        """Returns the posterior's mean (eq. 7) as weights of the denoised sample and of ``x``, and the former."""
+        alpha_bar, previous, beta = self._step(t, following)
         weights = math.sqrt(previous) * beta / (1 - alpha_bar), math.sqrt(1 - beta) * (1 - previous) / (1 - alpha_bar)
-        return mix(weights, x0, x), x0
+        return weights, self._denoise(output, x, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
 
-    def _deviation(self, small: float, large: float, predicted: Tensor | None) -> Tensor | float:
+    def _deviation(self, t: int, following: int, predicted: Tensor | None) -> Tensor | float:
         """Returns the standard deviation of the noise, between the posterior's variance and beta."""
-        kind = self.config["variance_type"]
+        kind, (alpha_bar, previous, large) = self.config["variance_type"], self._step(t, following)
+        small = max((1 - previous) / (1 - alpha_bar) * large, 1e-20)
         if kind not in ("learned", "learned_range"):
             return math.sqrt(large if kind in ("fixed_large", "fixed_large_log") else small)
         if predicted is None:
@@ -76,24 +77,24 @@ class DDIMScheduler(StepScheduler):
 
     config_keys = "BETAS ENDS prediction_type BOUNDS timestep_spacing rescale_betas_zero_snr"
     config_defaults = {"timestep_spacing": "leading"}
-
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, eta: float = 0.0, use_clipped_model_output: bool = False,
-        generator: Generators = None, variance_noise: Tensor | None = None, return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
-        noise = variance_noise if eta else None
-        if noise is not None and generator is not None:
-            raise ValueError("generator and variance_noise exclude each other: pass one of them")
-        if eta and noise is None:
-            noise = noise_like(model_output, generator)
-        return self._advance(model_output, timestep, sample, return_dict, eta, use_clipped_model_output, noise)
+    step_takes = (
+        "model_output, timestep, sample, eta=0.0, use_clipped_model_output=False, generator=None, variance_noise=None,"
+        " return_dict=True"
+    )
 
     def _move(self, t: int) -> tuple[float, float]:
         """Returns ``alpha_bar`` before and after the step."""
         return self._alpha_bar[t], self._alpha_bar_at(t - self._stride())
 
-    def update(self, output: Tensor, t: int, x: Tensor, eta: float, reclip: bool, noise: Tensor | None) -> Update:
+    def update(
+        self, output: Tensor, t: int, x: Tensor, eta: float = 0.0, reclip: bool = False, generator: Generators = None,
+        noise: Tensor | None = None,
+    ) -> Update:  # fmt: skip
         """Eq. 12 with the deviation of eq. 16."""
+        if eta and noise is None:
+            noise = noise_like(output, generator)
+        elif eta and generator is not None:
+            raise ValueError("generator and variance_noise exclude each other: pass one of them")
         alpha_bar, previous = self._move(t)
         alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         x0 = self._denoise(output, x, alpha, sigma)
@@ -103,7 +104,7 @@ class DDIMScheduler(StepScheduler):
         predicted = "sample" if reclip else self._kind
         predicted_noise = mix(noise_coefficients(predicted, alpha, sigma), x, x0 if reclip else output)
         new = mix((math.sqrt(previous), math.sqrt(max(1 - previous - variance, 0.0))), x0, predicted_noise)
-        return new if noise is None else torch.add(new, noise, alpha=math.sqrt(variance)), x0
+        return new if noise is None else new.add_(noise, alpha=math.sqrt(variance)), x0
 
 
 class PNDMScheduler(StepScheduler):
@@ -174,6 +175,37 @@ class PNDMScheduler(StepScheduler):
         return blend((keep, *(turn * weight for weight in weights)), (x, *outputs))
 
 
+class IPNDMScheduler(SchedulerMixin):
+    """Adams-Bashforth steps of fourth order for networks with ``x = cos(a) * x0 + sin(a) * noise`` (improved PNDM).
+
+    ``timesteps`` are angles in units of a quarter turn, in 1..0. The network predicts ``cos(a) * noise - sin(a) * x0``.
+    """
+
+    config_keys = "num_train_timesteps trained_betas"
+    _time_type = torch.float32
+
+    def _build(self) -> None:
+        self.set_timesteps(self.config["num_train_timesteps"])
+
+    def _stops(self, count: int) -> np.ndarray:
+        trained = self.config["trained_betas"]
+        noise = np.sin(np.linspace(1, 0, count + 1) * math.pi / 2) ** 2 if trained is None else np.asarray(trained, np.float64)
+        signal = np.sqrt(1 - noise**2)
+        self._levels = list(zip(signal.tolist(), noise.tolist(), strict=True))
+        return (np.arctan2(noise, signal) / math.pi * 2)[:-1]
+
+    def update(self, output: Tensor, i: int, x: Tensor) -> Tensor:
+        """Adams-Bashforth on the predicted noise (arXiv:2202.09778 eq. 12), and its transfer (eq. 11)."""
+        (signal, noise), (next_signal, next_noise) = self._levels[i : i + 2]
+        self._history = [blend((noise, signal), (x, output)), *self._history[:3]]
+        nodes = [-float(k) for k in range(len(self._history))]
+        weights = polynomial_weights(nodes, [1 / (k + 1) for k in range(len(nodes))])
+        if not signal:  # pure noise, which says nothing of the clean sample: its mean, 0, stands for it
+            return x * next_noise
+        turn = next_noise - next_signal * noise / signal
+        return blend((next_signal / signal, *(turn * w for w in weights)), (x, *self._history))
+
+
 def _each(solve: Callable[..., Tensor], output: Tensor, timesteps: Tensor, x: Tensor) -> Tensor:
     """Solves each sample ``(1, C, ...)`` of a batch for its own timestep, as sampling parallel in time asks (arXiv:2305.16317)."""
     parts = zip(output.split(1), timesteps.flatten().tolist(), x.split(1), strict=True)
@@ -188,8 +220,8 @@ class DDPMParallelScheduler(DDPMScheduler):
         stride, channels = self._stride(), sample.shape[1]  # one even stride, whatever the spacing
 
         def mean(output: Tensor, t: int, x: Tensor) -> Tensor:
-            previous, beta = self._alpha_bar_at(t - stride), self._beta(t, t - stride)
-            return self._mean(output[:, :channels], self._alpha_bar[t], previous, beta, x)[0]
+            weights, x0 = self._mean(output[:, :channels], t, t - stride, x)
+            return mix(weights, x0, x)
 
         return _each(mean, model_output, timesteps, sample)
 
@@ -203,16 +235,15 @@ class DDIMParallelScheduler(DDIMScheduler):
         """Returns the samples of ``step`` (arXiv:2010.02502 eq. 12) at training steps ``timesteps`` ``(B,)``; ``eta`` must be 0."""
         if eta:
             raise ValueError(f"eta={eta} needs noise, which batch_step_no_noise adds none of: leave it at 0, or call step")
-        return _each(lambda o, t, x: self.update(o, t, x, 0.0, use_clipped_model_output, None)[0], model_output, timesteps, sample)
+        return _each(lambda o, t, x: self.update(o, t, x, 0.0, use_clipped_model_output)[0], model_output, timesteps, sample)
 
 
 class DDIMInverseScheduler(DDIMScheduler):
     """DDIM from the clean sample to the noise that would give it (arXiv:2010.02502 section 4.3); ``timesteps`` ascend."""
 
     config_keys = "BETAS ENDS prediction_type clip_sample_range timestep_spacing rescale_betas_zero_snr"
-    config_defaults = {"timestep_spacing": "leading"}
-
     config_choices = {"timestep_spacing": ("leading", "trailing")}
+    step_takes = StepScheduler.step_takes
 
     def _build(self) -> None:
         super()._build()
@@ -220,10 +251,6 @@ class DDIMInverseScheduler(DDIMScheduler):
 
     def _stops(self, count: int) -> np.ndarray:
         return super()._stops(count)[::-1]
-
-    def step(self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True) -> StepResult:  # type: ignore[override]
-        """Goes one step towards the noise, up to the level of ``timestep``; see :class:`SchedulerMixin`."""
-        return super().step(model_output, timestep, sample, return_dict=return_dict)
 
     def _move(self, t: int) -> tuple[float, float]:
         return self._alpha_bar_at(min(t - self._stride(), len(self) - 1)), self._alpha_bar[t]
@@ -233,8 +260,9 @@ class RePaintScheduler(DDIMScheduler):
     """Inpainting with an unconditional model: the known region is noised anew at each step (arXiv:2201.09865 algorithm 1)."""
 
     config_keys = "num_train_timesteps beta_start beta_end beta_schedule eta trained_betas clip_sample"
+    step_takes = "model_output, timestep, sample, original_image, mask, generator=None, return_dict=True"
 
-    def set_timesteps(  # type: ignore[override]
+    def set_timesteps(
         self, num_inference_steps: int, jump_length: int = 10, jump_n_sample: int = 10, device: Device = None
     ) -> None:
         """Lays out a run that goes over each stretch of ``jump_length`` steps ``jump_n_sample`` times (appendix B)."""
@@ -252,17 +280,10 @@ class RePaintScheduler(DDIMScheduler):
                 t += jump_length
         self._set_schedule(np.array(times) * (len(self) // count), device)
 
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, original_image: Tensor, mask: Tensor,
-        generator: Generators = None, return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
-        """Goes one step, keeping of ``original_image``, clean, what is 1 and not 0 in ``mask``; both broadcast to ``sample``."""
-        return self._advance(model_output, timestep, sample, return_dict, original_image, mask, generator)
-
     def update(self, output: Tensor, t: int, x: Tensor, picture: Tensor, mask: Tensor, generator: Generators) -> Update:  # type: ignore[override]
         """Eqs. 8b (DDIM's step) outside the known region and 8a within, put together by eq. 8c."""
         noise, eta, previous = noise_like(output, generator), self.config["eta"], self._move(t)[1]
-        unknown, x0 = super().update(output, t, x, eta, False, noise if eta > 0 else None)
+        unknown, x0 = super().update(output, t, x, eta, False, None, noise if eta else None)
         known = mix((math.sqrt(previous), math.sqrt(1 - previous)), wide(picture), noise)
         return torch.lerp(unknown, known, mask.to(unknown)), x0
 
@@ -281,41 +302,35 @@ class UnCLIPScheduler(DDPMScheduler):
 
     config_keys = "num_train_timesteps variance_type clip_sample clip_sample_range prediction_type beta_schedule"
     config_defaults = {"variance_type": "fixed_small_log", "beta_schedule": "squaredcos_cap_v2"}
-
     config_choices = {"variance_type": ("fixed_small_log", "learned_range"), "beta_schedule": ("squaredcos_cap_v2",)}
 
-    set_timesteps = StepScheduler.set_timesteps  # type: ignore[assignment]
+    step_takes = "model_output, timestep, sample, prev_timestep=None, generator=None, return_dict=True"
+    set_timesteps_takes = StepScheduler.set_timesteps_takes
+    _least = 2  # from the last training step to the first
 
     def _stops(self, count: int) -> np.ndarray:
-        if not 2 <= count <= len(self):
-            raise ValueError(f"num_inference_steps={count}, expected 2..{len(self)}: the run goes from the last training step to 0")
         return (np.arange(count)[::-1] * ((len(self) - 1) / (count - 1))).round().astype(np.int64)
 
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, prev_timestep: Time | None = None, generator: Generators = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
-        """Goes one step down, to the training step ``prev_timestep`` or by one; see :meth:`SchedulerMixin.step`."""
-        following = None if prev_timestep is None else self._training_step(prev_timestep)
-        return self._advance(model_output, timestep, sample, return_dict, generator, following)
+    def update(self, output: Tensor, t: int, x: Tensor, prev_timestep: Time | None, generator: Generators) -> Update:  # type: ignore[override]
+        following = t - 1 if prev_timestep is None else self._training_step(prev_timestep)
+        return super().update(output, t, x, generator, following)
 
-    def update(self, output: Tensor, t: int, x: Tensor, generator: Generators, following: int | None = None) -> Update:
-        return super().update(output, t, x, generator, t - 1 if following is None else following)
-
-    def _beta(self, t: int, following: int) -> float:
-        # In float32, as published samples were made: at the clean end it shows.
-        ratio = np.float32(self._alpha_bar[t]) / np.float32(self._alpha_bar_at(following))
-        return self.betas[t].item() if following == t - 1 else float(1 - ratio)
+    def _step(self, t: int, following: int) -> tuple[float, float, float]:
+        # The variance in float32, as published samples were made: at the clean end it shows.
+        alpha_bar, previous, _ = super()._step(t, following)
+        between = 1 - np.float32(alpha_bar) / np.float32(previous)
+        return alpha_bar, previous, self.betas[t].item() if following == t - 1 else float(between)
 
 
-class DDPMWuerstchenScheduler(StochasticScheduler, LevelScheduler):
+class DDPMWuerstchenScheduler(LevelScheduler):
     """DDPM in continuous time, 1 (noise) to 0 (clean), on the cosine table (arXiv:2306.00637, arXiv:2102.09672 eq. 17)."""
 
     config_keys = "scaler s"
+    step_takes = STOCHASTIC
+    set_timesteps_takes = "num_inference_steps=None, timesteps=None, device=None"
     _time_type = torch.float32
 
-    def set_timesteps(self, num_inference_steps: Count = None, timesteps: Values | Tensor = None, device: Device = None) -> None:  # type: ignore[override]
-        """Lays out a run; the last of given times, in 1..0, is where it ends. See :class:`SchedulerMixin`."""
+    def _lay_out(self, num_inference_steps: Count, device: Device = None, timesteps: Values | Tensor = None) -> None:
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
         given = timesteps is not None
         times = torch.as_tensor(timesteps) if given else torch.linspace(1, 0, self._check_count(num_inference_steps) + 1)
@@ -344,9 +359,9 @@ class DDPMWuerstchenScheduler(StochasticScheduler, LevelScheduler):
         """Posterior mean and deviation (arXiv:2006.11239 eqs. 11 and 7); the step to time 0 adds no noise."""
         alpha_bar, previous = self._alpha_bars[i], self._alpha_bars[i + 1]
         kept = alpha_bar / previous
-        mean = mix((1 / math.sqrt(kept), (kept - 1) / math.sqrt(kept * (1 - alpha_bar))), x, output)
+        weights = 1 / math.sqrt(kept), (kept - 1) / math.sqrt(kept * (1 - alpha_bar))
         deviation = math.sqrt((1 - kept) * (1 - previous) / (1 - alpha_bar)) if self._times[i + 1] else 0.0
-        return mean.add_(noise_like(output, generator), alpha=deviation)
+        return blend((1.0, *weights), (noise_like(output, generator, deviation), x, output))
 
 
 class CogVideoXDDIMScheduler(DDIMScheduler):
@@ -359,55 +374,41 @@ class CogVideoXDDIMScheduler(DDIMScheduler):
     config_defaults = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "leading"}
 
     config_choices = {"beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2")}
+    _table_type = torch.float64
 
     def _build(self) -> None:
         super()._build()
         self._clips = False  # the keys of clipping are part of published files but have no effect
 
-    def _alpha_bar_table(self, floor: float = 0.0) -> Tensor:
-        c = self.config
-        dtype = torch.float64 if c["beta_schedule"] == "scaled_linear" else torch.float32
-        self.betas = beta_table(c["beta_schedule"], len(self), c["beta_start"], c["beta_end"], c["trained_betas"], dtype)
-        alpha_bar = (1 - self.betas).cumprod(0)
-        alpha_bar = alpha_bar / (c["snr_shift_scale"] + (1 - c["snr_shift_scale"]) * alpha_bar)
-        self.alphas_cumprod = zero_terminal(alpha_bar) if c["rescale_betas_zero_snr"] else alpha_bar
-        return self.alphas_cumprod
-
-    def update(self, output: Tensor, t: int, x: Tensor, eta: float, reclip: bool, noise: Tensor | None) -> Update:
+    def update(self, output: Tensor, t: int, x: Tensor, eta: float = 0.0, *more: Any) -> Update:
         if eta:
             raise ValueError(f"eta={eta} is not for CogVideoX's schedulers: leave it at 0, or use DDIMScheduler")
-        return super().update(output, t, x, 0.0, reclip, None)
+        return super().update(output, t, x, 0.0, more[0])
 
 
 class CogVideoXDPMScheduler(CogVideoXDDIMScheduler):
     """Second-order SDE-DPM-Solver++ (arXiv:2211.01095) on CogVideoX's table; the caller keeps the last denoised sample."""
 
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, old_pred_original_sample: Tensor | None, timestep: Time, timestep_back: Time | None,
-        sample: Tensor, eta: float = 0.0, use_clipped_model_output: bool = False, generator: Generators = None,
-        variance_noise: Tensor | None = None, return_dict: bool = False,
-    ) -> StepResult:  # fmt: skip
-        """Goes one step; ``old_pred_original_sample`` and ``timestep_back`` are of the last, ``None`` in the first.
+    step_takes = (
+        "model_output, old_pred_original_sample, timestep, timestep_back, sample, eta=0.0, use_clipped_model_output=False,"
+        " generator=None, variance_noise=None, return_dict=False"
+    )
 
-        ``eta`` and ``variance_noise``, of other schedulers, are refused. See :meth:`SchedulerMixin.step`.
-        """
+    def update(self, output: Tensor, t: int, x: Tensor, last: Tensor | None, timestep_back: Time | None, *more: Any) -> Update:  # type: ignore[override]
+        """Eq. 18 of arXiv:2211.01095 (appendix A), from the second step on with the extrapolated denoised sample."""
+        eta, _, generator, variance_noise = more
         if eta or variance_noise is not None:
             raise ValueError("eta and variance_noise are not for CogVideoX's schedulers: leave them out and pass a generator")
-        last, back = old_pred_original_sample, None if timestep_back is None else self._training_step(timestep_back)
-        return self._advance(model_output, timestep, sample, return_dict, last, back, generator)
-
-    def update(self, output: Tensor, t: int, x: Tensor, last: Tensor | None, back: int | None, generator: Generators) -> Update:  # type: ignore[override]
-        """Eq. 18 of arXiv:2211.01095 (appendix A), from the second step on with the extrapolated denoised sample."""
         alpha_bar, previous = self._move(t)
         x0 = slope = self._denoise(output, x, *self._signal_noise(t))
         h = _log_snr(previous) - _log_snr(alpha_bar)
-        noise = noise_like(output, generator)
-        if last is not None and back is not None and t >= self._stride():
-            noise = noise_like(output, generator)  # of two draws the second counts
-            slope = torch.lerp(wide(last), x0, 1 + h / (2 * (_log_snr(alpha_bar) - _log_snr(self._alpha_bar[back]))))
         keep, fresh = math.sqrt((1 - previous) / (1 - alpha_bar)) * math.exp(-h), -math.expm1(-2 * h)
-        new = mix((keep, math.sqrt(previous) * fresh), x, slope)
-        return new.add_(noise, alpha=math.sqrt((1 - previous) * fresh)), x0
+        noise = noise_like(output, generator, deviation := math.sqrt((1 - previous) * fresh))
+        if last is not None and timestep_back is not None and t >= self._stride():
+            noise = noise_like(output, generator, deviation)  # of two draws the second counts
+            back = self._alpha_bar[self._training_step(timestep_back)]
+            slope = torch.lerp(wide(last), x0, 1 + h / (2 * (_log_snr(alpha_bar) - _log_snr(back))))
+        return blend((1.0, keep, math.sqrt(previous) * fresh), (noise, x, slope)), x0
 
 
 def _log_snr(alpha_bar: float) -> float:

@@ -9,7 +9,6 @@ SA-Solver differ in which levels those are and in who evaluates them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..random import Generators
-from .base import Count, Device, SigmaScheduler, StepResult, StochasticScheduler, Time, Values
+from .base import STOCHASTIC, Count, Device, SigmaScheduler, StepScheduler, Values
 from .noise import integer_steps, noise_like, one_of, sigmas_to_steps
 from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance
 
@@ -26,6 +25,7 @@ class LogSnrScheduler(SigmaScheduler):
     """Base of the solvers in half log signal-to-noise; with the configuration of a flow model's scheduler, of that flow."""
 
     predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction", "flow_prediction")
+    set_timesteps_takes = "num_inference_steps=None, device=None"
     _on_denoised = True  # extrapolate the denoised sample, else the noise
     _tau2 = 0.0  # square of the noise's strength
 
@@ -56,9 +56,6 @@ class LogSnrScheduler(SigmaScheduler):
         """Returns ``lambda`` at a position of the run, infinite where no noise is left."""
         alpha, sigma = self._signal_noise(self._sigmas[i])
         return math.log(alpha) - math.log(sigma) if sigma > 0 else math.inf
-
-    def set_timesteps(self, num_inference_steps: Count = None, device: Device = None) -> None:
-        self._lay_out(device, num_inference_steps)
 
     def _takes_times(self) -> bool:
         return super()._takes_times() and not self.is_flow
@@ -108,7 +105,7 @@ class LogSnrScheduler(SigmaScheduler):
         """Integrates the polynomial through the last outputs (arXiv:2211.01095 algorithm 2, arXiv:2204.13902 eq. 15)."""
         order = self._order_at(i, self._count() - i)
         self._history = [self._convert(output, i, x), *self._history[:2]]
-        return self._transfer(x, i, i + 1, range(i, i - order, -1), self._history[:order], noise, self._tau2)
+        return self._transfer(i, x, i, i + 1, order, noise, self._tau2)
 
     def _order_at(self, i: int, left: int) -> int:
         """Returns the order of a step: as many outputs as there are, fewer at the end of short runs."""
@@ -133,9 +130,9 @@ class LogSnrScheduler(SigmaScheduler):
         return self.config["solver_type"]
 
     def _transfer(
-        self, x: Tensor, start: int, to: int, places: Sequence[int], outputs: Sequence[Tensor], noise: Tensor | None, tau2: float
+        self, i: int, x: Tensor, start: int, to: int, count: int, noise: Tensor | None = None, tau2: float = 0.0, stride: int = 1
     ) -> Tensor:
-        """Moves ``x`` between two positions of the run along the polynomial through ``outputs`` at ``places``.
+        """Moves ``x`` between two positions of the run along the polynomial through ``count`` outputs, those of ``i`` and before.
 
         arXiv:2211.01095 eqs. 9 and 14, with noise of strength ``tau`` arXiv:2309.05019 eqs. 13 and 14; ``h`` is the step in lambda.
         """
@@ -149,15 +146,18 @@ class LogSnrScheduler(SigmaScheduler):
             keep, gain, z, fresh = sigma_t / sigma_s * math.exp(-damped), -alpha_t, -h - damped, -math.expm1(-2 * damped)
         else:
             keep, gain, z, fresh = alpha_t / alpha_s, -sigma_t * (1 + tau2), h, tau2 * math.expm1(2 * h)
+        places = range(i, i - count * stride, -stride)
         nodes = [0.0 if place == start else (self._log_snr(place) - base) / h for place in places]
-        weights = polynomial_weights(nodes, self._moments(gain, z, len(nodes), tau2))
-        new = blend((keep, *weights), (x, *outputs))
+        weights = polynomial_weights(nodes, self._moments(gain, z, count, tau2))
+        new = blend((keep, *weights), (x, *self._history[: count * stride : stride]))
         return new if noise is None else new.add_(noise, alpha=sigma_t * math.sqrt(fresh))
 
 
-class DPMSolverScheduler(StochasticScheduler, LogSnrScheduler):
+class DPMSolverScheduler(LogSnrScheduler):
     """Base of DPM-Solver and DPM-Solver++, as ODE or SDE, of order 1 to 3; only the ``sde-`` solvers add noise."""
 
+    step_takes = STOCHASTIC
+    set_timesteps_takes = "num_inference_steps=None, device=None, mu=None, timesteps=None, *, sigmas=None"
     _algorithms: tuple[str, ...] = ("dpmsolver++", "dpmsolver", "sde-dpmsolver", "sde-dpmsolver++")
 
     def _build(self) -> None:
@@ -192,18 +192,7 @@ class DPMSolverMultistepScheduler(DPMSolverScheduler):
     """Multistep DPM-Solver and DPM-Solver++, as ODE or SDE, of order 1 to 3."""
 
     config_keys = "MULTISTEP euler_at_final RAMPS use_lu_lambdas FLOW final_sigmas_type CUT SPACING rescale_betas_zero_snr DYNAMIC"
-
-    def set_timesteps(
-        self, num_inference_steps: Count = None, device: Device = None, mu: float | None = None, timesteps: Values = None, *,
-        sigmas: Values = None,
-    ) -> None:  # fmt: skip
-        self._lay_out(device, num_inference_steps, timesteps, sigmas, mu)
-
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None,
-        variance_noise: Tensor | None = None, return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
-        return self._advance(model_output, timestep, sample, return_dict, generator, variance_noise)
+    step_takes = "model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True"
 
 
 class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
@@ -212,8 +201,7 @@ class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
     _algorithms = ("dpmsolver++", "dpmsolver")
 
     config_keys = "MULTISTEP euler_at_final RAMPS FLOW CUT SPACING"
-
-    set_timesteps = LogSnrScheduler.set_timesteps  # type: ignore[assignment]
+    set_timesteps_takes = LogSnrScheduler.set_timesteps_takes
 
     def _stops(self, count: int, train_steps: int | None = None) -> np.ndarray:
         c, top = self.config, self._top()
@@ -236,7 +224,6 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
     config_defaults = {"lower_order_final": False}
 
     config_choices = {"solver_order": (1, 2, 3)}
-    set_timesteps = DPMSolverMultistepScheduler.set_timesteps
 
     def _set_schedule(self, timesteps: np.ndarray, device: Device = None) -> None:
         super()._set_schedule(timesteps, device)
@@ -256,10 +243,9 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
         self._history = [self._convert(output, i, x), *self._history[: order - 1]]
         if order == 1 or self._start is None:
             self._start = x
-        places, outputs = list(range(i, i - order, -1)), self._history
-        if order == 3 and self.config["solver_type"] == "midpoint":  # the published third order uses its last slope alone
-            places, outputs = places[::2], outputs[::2]
-        return self._transfer(self._start, i - order + 1, i + 1, places, outputs, noise, self._tau2)
+        # The published third order uses its last slope alone.
+        count, stride = (2, 2) if order == 3 and self.config["solver_type"] == "midpoint" else (order, 1)
+        return self._transfer(i, self._start, i - order + 1, i + 1, count, noise, self._tau2, stride)
 
     def _form(self) -> str:
         return self.config["solver_type"] if len(self._history) == 2 else "exact"
@@ -269,3 +255,108 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
         if count == 3 and tau2:
             moments[2] += 2 * gain  # as in the published SDE
         return moments
+
+
+class DEISMultistepScheduler(LogSnrScheduler):
+    """Exponential integrator on the noise with a polynomial in log rho (arXiv:2204.13902 eq. 15), of order 1 to 3."""
+
+    _on_denoised = False
+    update = LogSnrScheduler._solve
+    config_keys = "MULTISTEP RAMPS FLOW SPACING DYNAMIC"
+    config_defaults = {"algorithm_type": "deis", "solver_type": "logrho"}
+    config_choices = {"solver_order": (1, 2, 3)}
+    set_timesteps_takes = "num_inference_steps=None, device=None, mu=None, *, sigmas=None"
+
+    def _build(self) -> None:
+        self._adopt("algorithm_type", ("dpmsolver", "dpmsolver++"), "deis")
+        self._adopt("solver_type", ("midpoint", "heun", "bh1", "bh2"), "logrho")
+        super()._build()
+        self._final_sigma = self._bounds[1]
+
+
+class UniPCMultistepScheduler(LogSnrScheduler):
+    """Unified predictor-corrector (arXiv:2302.04867): each new output first corrects the step that led to it."""
+
+    config_keys = (
+        "BETAS solver_order prediction_type LIMITS predict_x0 solver_type lower_order_final disable_corrector solver_p"
+        " RAMPS FLOW SPACING final_sigmas_type rescale_betas_zero_snr use_dynamic_shifting time_shift_type sigma_min"
+        " sigma_max shift_terminal"
+    )
+    config_defaults = {"solver_type": "bh2"}
+    set_timesteps_takes = "num_inference_steps=None, device=None, sigmas=None, mu=None"
+
+    def _build(self) -> None:
+        self._adopt("solver_type", ("midpoint", "heun", "logrho"), "bh2", "bh1")
+        if self.config["solver_order"] < 1:
+            raise ConfigError(f"solver_order={self.config['solver_order']}, expected at least 1")
+        if not self.config["predict_x0"] and self.config["final_sigmas_type"] == "zero":
+            raise ConfigError("predict_x0=False cannot end at zero noise: set final_sigmas_type='sigma_min'")
+        self._on_denoised = self.config["predict_x0"]
+        super()._build()
+
+    def _lay_out(self, num_inference_steps: Count, device: Device, sigmas: Values, mu: float | None) -> None:  # type: ignore[override]
+        super()._lay_out(num_inference_steps if sigmas is None else None, device, None, sigmas, mu)
+        if self.config["solver_p"] is not None:
+            self._predictor = self.config["solver_p"].fresh()
+            self._predictor.set_timesteps(len(self._times), device=device)
+
+    def _run_levels(self, *given: Any) -> tuple[np.ndarray, np.ndarray]:
+        levels, times = super()._run_levels(*given)
+        if not self.is_flow:
+            return levels, times
+        # lambda is infinite at 1
+        levels = np.append(levels[:-1] / (1 + levels[:-1]), levels[-1]) if self._ramp else np.minimum(levels, 1 - 1e-6)
+        return levels, levels[:-1] * len(self)
+
+    def _even_flow(self, count: int) -> np.ndarray:
+        return np.linspace(1.0, 1 / len(self), count + 1)[:-1]
+
+    def update(self, output: Tensor, i: int, x: Tensor) -> Tensor:
+        """Corrects the sample (UniC, eq. 8) and predicts the next one (UniP, eq. 9)."""
+        c = self.config
+        self._history = [self._convert(output, i, x), *self._history[: c["solver_order"]]]
+        if self._start is not None and i - 1 not in c["disable_corrector"]:
+            start, order = self._start
+            x = self._transfer(i, start, i - 1, i, order + 1)
+        wanted = min(c["solver_order"], self._count() - i if c["lower_order_final"] else math.inf)
+        order = 1 if self._sigmas[i + 1] == 0 else min(wanted, len(self._history))
+        self._start = x, order
+        if c["solver_p"] is not None:
+            return self._predictor.step(output, self._times[i], x).prev_sample
+        return self._transfer(i, x, i, i + 1, order)
+
+
+class SASolverScheduler(LogSnrScheduler):
+    """Stochastic Adams predictor-corrector with noise of adjustable strength tau (arXiv:2309.05019)."""
+
+    config_keys = "BETAS ADAMS prediction_type tau_func LIMITS algorithm_type lower_order_final RAMPS FLOW CUT SPACING"
+    step_takes = STOCHASTIC
+    config_defaults = {"algorithm_type": "data_prediction"}
+    config_choices = dict(
+        predictor_order=(1, 2, 3, 4), corrector_order=(1, 2, 3, 4), algorithm_type=("data_prediction", "noise_prediction")
+    )
+
+    def _build(self) -> None:
+        self._on_denoised = self.config["algorithm_type"] == "data_prediction"
+        super()._build()
+        self._final_sigma = self._bounds[1]
+
+    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        # noise is added at the training step itself, wherever the run is
+        return super()._levels(timesteps) if self.is_flow else StepScheduler._levels(self, timesteps.long())  # type: ignore[arg-type]
+
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:
+        """Corrects the sample (eq. 17, Adams-Moulton) and predicts the next one (eq. 14, Adams-Bashforth)."""
+        c, count, noise = self.config, self._count(), noise_like(output, generator)
+        self._history = [self._convert(output, i, x), *self._history[: max(c["predictor_order"], c["corrector_order"] - 1)]]
+        if self._start is not None:
+            start, order, tau2, last_noise = self._start
+            x = self._transfer(i, start, i - 1, i, order, last_noise, tau2)
+        left = count - i if c["lower_order_final"] else count
+        tau, order = c["tau_func"], min(c["predictor_order"], left, len(self._history))
+        tau2 = float(200 <= self._times[i] <= 800) if tau is None else float(tau(self._times[i])) ** 2
+        self._start = x, min(c["corrector_order"], left + 1, len(self._history) + 1), tau2, noise
+        return self._transfer(i, x, i, i + 1, order, noise, tau2)
+
+    def _form(self) -> str:
+        return "bh1" if self._on_denoised else "exact"  # as in the published solver, for few steps

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..random import Generators
-from .base import Count, Device, LevelScheduler, SigmaScheduler, StepResult, Time, Update, Values
+from .base import Count, Device, LevelScheduler, SigmaScheduler, Time, Update, Values
 from .brownian import BrownianNoise
-from .dpm import DPMSolverScheduler
-from .euler import Churn, EulerDiscreteScheduler
+from .dpm import DPMSolverScheduler, LogSnrScheduler
+from .euler import CHURN, EulerDiscreteScheduler
 from .noise import one_of, one_source, sigma_ramp
 
 
@@ -23,6 +24,7 @@ class EDMScheduler(SigmaScheduler):
     """What EDM's schedulers share."""
 
     predictions: tuple[str, ...] = ("epsilon", "v_prediction")
+    config_defaults = {"sigma_min": 0.002, "sigma_max": 80.0}
     _precision, _time_type = torch.float64, torch.float32  # of the levels as they are laid, and of what the network is told
 
     def _build(self) -> None:
@@ -61,9 +63,9 @@ class EDMEulerScheduler(EDMScheduler, EulerDiscreteScheduler):
     """Euler's method with EDM's preconditioning and optional churn (arXiv:2206.00364 algorithm 2 without its correction)."""
 
     config_keys = "EDM prediction_type rho final_sigmas_type"
-    config_defaults = {"sigma_min": 0.002, "sigma_max": 80.0}
+    step_takes = f"{CHURN}, return_dict=True, pred_original_sample=None"
 
-    def set_timesteps(self, num_inference_steps: Count = None, device: Device = None, sigmas: Tensor | Values = None) -> None:  # type: ignore[override]
+    def set_timesteps(self, num_inference_steps: Count = None, device: Device = None, sigmas: Tensor | Values = None) -> None:
         """Lays out a run; ``sigmas`` are places in the spacing, from 0 (``sigma_max``) to 1 (``sigma_min``)."""
         if sigmas is None or num_inference_steps is None:
             one_source(num_inference_steps=num_inference_steps, sigmas=sigmas)
@@ -72,19 +74,11 @@ class EDMEulerScheduler(EDMScheduler, EulerDiscreteScheduler):
             raise ValueError(f"sigmas={places.tolist()}: expected places between 0 (sigma_max) and 1 (sigma_min)")
         self._lay_levels(device, None, places)
 
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
-        s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
-        pred_original_sample: Tensor | None = None,
-    ) -> StepResult:  # fmt: skip
-        """Goes one step; see :meth:`EulerDiscreteScheduler.step`. ``pred_original_sample`` replaces the network's prediction."""
-        churn = s_churn, s_tmin, s_tmax, s_noise
-        return self._advance(model_output, timestep, sample, return_dict, churn, generator, pred_original_sample)
-
-    def update(self, output: Tensor, i: int, x: Tensor, churn: Churn, generator: Generators, x0: Tensor | None) -> Update:  # type: ignore[override]
+    def update(self, output: Tensor, i: int, x: Tensor, *more: Any) -> Update:
+        *churn, x0 = more
         if x0 is None:
-            return super().update(output, i, x, churn, generator)
-        x, here = self._churn(x, i, churn, x0.dtype, generator)
+            return super().update(output, i, x, *churn)
+        x, here = self._churn(x, i, x0.dtype, *churn)
         return torch.lerp(x0.to(x.dtype), x, self._sigmas[i + 1] / here), x0
 
 
@@ -95,7 +89,7 @@ class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverScheduler):
     _algorithms = ("dpmsolver++", "sde-dpmsolver++")
 
     config_keys = "EDM prediction_type rho solver_order LIMITS SOLVER euler_at_final final_sigmas_type"
-    config_defaults = {"sigma_min": 0.002, "sigma_max": 80.0}
+    set_timesteps_takes = LogSnrScheduler.set_timesteps_takes
 
     def _build(self) -> None:
         self._read_solver()
@@ -106,7 +100,7 @@ class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverScheduler):
         super()._read_solver()
         one_of("solver_order", self.config["solver_order"], *((1, 2) if self._tau2 else (1, 2, 3)))
 
-    def set_timesteps(self, num_inference_steps: Count = None, device: Device = None) -> None:
+    def _lay_out(self, num_inference_steps: Count, device: Device) -> None:  # type: ignore[override]
         self._lay_levels(device, num_inference_steps)
 
     def _signal_noise(self, sigma: float) -> tuple[float, float]:

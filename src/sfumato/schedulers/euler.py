@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ..random import Generators, randn
-from .base import Count, Device, SigmaScheduler, StepResult, StochasticScheduler, Time, Update, Values
+from .base import STOCHASTIC, Device, SigmaScheduler, Time, Update
 from .brownian import BrownianNoise
 from .noise import noise_like, shift_flow, sigma_ramp
-from .prediction import blend
+from .prediction import blend, polynomial_weights
 
-Churn = tuple[float, float, float, float]
-"""Noise added per run, between which levels, and its factor."""
+CHURN = "model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=inf, s_noise=1.0, generator=None"
+"""What ``step`` takes where noise can be added before it."""
 
 
 class ExplodingScheduler(SigmaScheduler):
@@ -32,6 +32,7 @@ class ExplodingScheduler(SigmaScheduler):
     """
 
     predictions: tuple[str, ...] = ("epsilon", "v_prediction", "flow_prediction")
+    set_timesteps_takes = "num_inference_steps=None, device=None, *, timesteps=None, sigmas=None, mu=None"
     _time_type = torch.float32
     _direct = False  # whether the network's output is the slope
 
@@ -73,15 +74,11 @@ class ExplodingScheduler(SigmaScheduler):
         """Euler's step from one level to another; where the network predicts the slope itself, along its output."""
         return torch.add(x, output, alpha=there - here) if self._direct else torch.lerp(x0, x, there / here)
 
-    def set_timesteps(
-        self, num_inference_steps: Count = None, device: Device = None, *, timesteps: Values = None, sigmas: Values = None,
-        mu: float | None = None,
-    ) -> None:  # fmt: skip
-        self._lay_out(device, num_inference_steps, timesteps, sigmas, mu)
-
-    def _churn(self, x: Tensor, i: int, churn: Churn, dtype: torch.dtype, generator: Generators) -> tuple[Tensor, float]:
+    def _churn(
+        self, x: Tensor, i: int, dtype: torch.dtype, amount: float, low: float, high: float, factor: float, generator: Generators
+    ) -> tuple[Tensor, float]:
         """Adds noise before a step (arXiv:2206.00364 algorithm 2) and returns the sample with its raised level."""
-        sigma, (amount, low, high, factor) = self._sigmas[i], churn
+        sigma = self._sigmas[i]
         if amount <= 0 or not low <= sigma <= high:
             return x, sigma
         if self.is_flow:
@@ -106,18 +103,14 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         "BETAS prediction_type interpolation_type RAMPS sigma_min sigma_max timestep_spacing timestep_type"
         " steps_offset rescale_betas_zero_snr final_sigmas_type"
     )
+    step_takes = f"{CHURN}, return_dict=True"
+    set_timesteps_takes = "num_inference_steps=None, device=None, timesteps=None, sigmas=None, *, mu=None"
 
     def _build(self) -> None:
         self._continuous = self.config["timestep_type"] == "continuous" and self.config["prediction_type"] == "v_prediction"
         super()._build()
         if self._continuous:
             self._set_levels(np.append(self._table[::-1], 0.0), np.log(self._table[::-1]) / 4)
-
-    def set_timesteps(
-        self, num_inference_steps: Count = None, device: Device = None, timesteps: Values = None, sigmas: Values = None, *,
-        mu: float | None = None,
-    ) -> None:  # fmt: skip
-        self._lay_out(device, num_inference_steps, timesteps, sigmas, mu)
 
     def _takes_times(self) -> bool:
         return super()._takes_times() and not self._continuous
@@ -133,23 +126,18 @@ class EulerDiscreteScheduler(ExplodingScheduler):
     def _times_of(self, levels: np.ndarray) -> np.ndarray:
         return np.log(levels) / 4 if self._continuous else super()._times_of(levels)
 
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
-        s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
-        return self._advance(model_output, timestep, sample, return_dict, (s_churn, s_tmin, s_tmax, s_noise), generator)
-
-    def update(self, output: Tensor, i: int, x: Tensor, churn: Churn, generator: Generators) -> Update:
+    def update(self, output: Tensor, i: int, x: Tensor, *churn: Any) -> Update:
         """Moves along the line from ``x`` at the raised sigma through its denoised form (arXiv:2206.00364 algorithm 2, line 8)."""
-        x, here = self._churn(x, i, churn, output.dtype, generator)
+        x, here = self._churn(x, i, output.dtype, *churn)
         x0 = self._denoise(output, x, self._signal_noise(here)[0], here)
         return self._move(output, x, x0, here, self._sigmas[i + 1]), x0
 
 
-class EulerAncestralDiscreteScheduler(StochasticScheduler, ExplodingScheduler):
+class EulerAncestralDiscreteScheduler(ExplodingScheduler):
     """Euler steps that go further down than the next level and come back up with fresh noise."""
 
     config_keys = "BETAS prediction_type SPACING rescale_betas_zero_snr"
+    step_takes = STOCHASTIC
 
     def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Update:
         """Goes down to the level from which fresh noise leads back to the next one, as DDPM's (arXiv:2006.11239 eq. 7)."""
@@ -226,12 +214,7 @@ class HeunDiscreteScheduler(TwoStageScheduler):
     config_keys = "BETAS prediction_type RAMPS clip_sample clip_sample_range SPACING"
     config_defaults = {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 
-    def set_timesteps(
-        self, num_inference_steps: Count = None, device: Device = None, num_train_timesteps: int | None = None,
-        timesteps: Values = None, *, sigmas: Values = None, mu: float | None = None,
-    ) -> None:  # fmt: skip
-        """Lays out a run; ``num_train_timesteps`` overrides the configuration's. See :class:`SchedulerMixin`."""
-        self._lay_out(device, num_inference_steps, timesteps, sigmas, mu, num_train_timesteps)
+    set_timesteps_takes = "num_inference_steps=None, device=None, num_train_timesteps=None, timesteps=None, *, sigmas=None, mu=None"
 
     def first(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, source: Any) -> Pair:
         """Euler's step to the next level, and half of it, to which the other slope's half will be added."""
@@ -252,11 +235,7 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
     config_keys = "BETAS RAMPS prediction_type SPACING"
     config_defaults = {"beta_start": 0.00085, "beta_end": 0.012}
 
-    def set_timesteps(
-        self, num_inference_steps: Count = None, device: Device = None, num_train_timesteps: int | None = None, *,
-        timesteps: Values = None, sigmas: Values = None, mu: float | None = None,
-    ) -> None:  # fmt: skip
-        self._lay_out(device, num_inference_steps, timesteps, sigmas, mu, num_train_timesteps)
+    set_timesteps_takes = "num_inference_steps=None, device=None, num_train_timesteps=None, *, timesteps=None, sigmas=None, mu=None"
 
     def _levels_at(self, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         levels, times = super()._levels_at(stops)
@@ -270,8 +249,10 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
         return math.sqrt(here * there)
 
 
-class KDPM2AncestralDiscreteScheduler(StochasticScheduler, KDPM2DiscreteScheduler):
+class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
     """DPM-Solver-2 to the level ``next**2 / sigma``, from where noise leads back up: the geometric mean is the next level."""
+
+    step_takes = STOCHASTIC
 
     def _middle_times(self, sigmas: np.ndarray, timesteps: np.ndarray) -> np.ndarray:
         return self._times_of(sigmas[1:-1])
@@ -286,6 +267,26 @@ class KDPM2AncestralDiscreteScheduler(StochasticScheduler, KDPM2DiscreteSchedule
         return self._renoise(self._along(output, x, x0, middle, start, down - here), down, there, noise_like(output, source))
 
 
+class LMSDiscreteScheduler(ExplodingScheduler):
+    """Adams-Bashforth steps on uneven levels (linear multistep): the polynomial through the last slopes is integrated."""
+
+    predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction", "flow_prediction")
+
+    config_keys = "BETAS RAMPS prediction_type SPACING"
+    step_takes = "model_output, timestep, sample, order=4, return_dict=True"
+
+    def update(self, output: Tensor, i: int, x: Tensor, order: int) -> Update:
+        """Adams-Bashforth in sigma (arXiv:2206.00364 eq. 1)."""
+        here, there = self._sigmas[i : i + 2]
+        x0 = self._denoise(output, x, self._signal_noise(here)[0], here)
+        slope = output if self._direct else (x - x0).div_(here)
+        self._history = [slope, *self._history[: order - 1]]
+        step = there - here
+        nodes = [(self._sigmas[i - k] - here) / step for k in range(len(self._history))]
+        weights = polynomial_weights(nodes, [step / (k + 1) for k in range(len(nodes))])
+        return blend((1.0, *weights), (x, *self._history)), x0
+
+
 class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
     """Stochastic DPM-Solver++ with a midpoint at half the step in log sigma (arXiv:2211.01095 section 5, with r = 1/2).
 
@@ -295,13 +296,7 @@ class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
     _ends, _time_type = 1, torch.float64
 
     config_keys = "BETAS prediction_type RAMPS noise_sampler_seed SPACING"
-    config_defaults = {"beta_start": 0.00085, "beta_end": 0.012}
-
-    def step(
-        self, model_output: Tensor, timestep: Time, sample: Tensor, return_dict: bool = True, s_noise: float = 1.0, *,
-        generator: Generators = None,
-    ) -> StepResult:  # fmt: skip
-        return self._advance(model_output, timestep, sample, return_dict, s_noise, generator)
+    step_takes = "model_output, timestep, sample, return_dict=True, s_noise=1.0, *, generator=None"
 
     def update(self, output: Tensor, i: int, x: Tensor, factor: float, generator: Generators) -> Update:  # type: ignore[override]
         if self._path is None:

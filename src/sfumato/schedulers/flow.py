@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..random import Generators
-from .base import Count, Device, StepResult, StochasticScheduler, Time, Values
-from .euler import Churn, EulerDiscreteScheduler, ExplodingScheduler, HeunDiscreteScheduler
+from .base import STOCHASTIC, Count, Device, Values
+from .euler import CHURN, ExplodingScheduler, HeunDiscreteScheduler
 from .noise import noise_like
 
 
@@ -54,6 +53,7 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
     """Euler's method for flow models."""
 
     config_keys = "SHIFTS stochastic_sampling"
+    step_takes = f"{CHURN}, per_token_timesteps=None, return_dict=True"
 
     def set_timesteps(
         self, num_inference_steps: Count = None, device: Device = None, sigmas: Values = None, mu: float | None = None,
@@ -71,21 +71,10 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
         mu = mu if self.config["use_dynamic_shifting"] else None
         self._take(*self._flow_levels(num_inference_steps, timesteps, sigmas, mu), device)
 
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: Time, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
-        s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generators = None, per_token_timesteps: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> StepResult:  # fmt: skip
-        """Goes one step; ``per_token_timesteps``, ``(B, N)``, are times of the tokens of a sample ``(B, N, C)``.
-
-        Each goes to the level below its own. See :meth:`SchedulerMixin.step`.
-        """
-        churn = s_churn, s_tmin, s_tmax, s_noise
-        return self._advance(model_output, timestep, sample, return_dict, churn, generator, per_token_timesteps)
-
-    def update(self, output: Tensor, i: int, x: Tensor, churn: Churn, generator: Generators, times: Tensor | None) -> Tensor:
+    def update(self, output: Tensor, i: int, x: Tensor, *more: Any) -> Tensor:
         """Euler's step along the prediction, or with fresh noise in place of the old (arXiv:2210.02747)."""
-        self._churn(x, i, churn, x.dtype, generator)  # which flows refuse
+        *churn, times = more  # its last is the generator
+        self._churn(x, i, x.dtype, *churn)  # which flows refuse
         levels: Any = self._sigmas[i : i + 2]
         here, there = levels
         if times is not None:
@@ -93,7 +82,7 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
             levels = self.sigmas.to(x.device, x.dtype).view(-1, 1, 1, 1)
             there = torch.where(levels < here - 1e-6, levels, 0.0).amax(0)
         if self.config["stochastic_sampling"]:
-            return noise_like(x, generator).mul_(there).add_((x - here * output) * (1 - there))
+            return noise_like(x, churn[-1], there).add_((x - here * output) * (1 - there))
         return torch.add(x, output, alpha=there - here) if times is None else x + (there - here) * output
 
 
@@ -101,15 +90,12 @@ class FlowMatchHeunDiscreteScheduler(FlowScheduler, HeunDiscreteScheduler):
     """Heun's method for flow models."""
 
     config_keys = "num_train_timesteps shift"
+    step_takes = f"{CHURN}, return_dict=True"
+    set_timesteps_takes = "num_inference_steps=None, device=None, *, sigmas=None"
 
-    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:  # type: ignore[override]
-        self._lay_out(device, num_inference_steps)
-
-    step = EulerDiscreteScheduler.step  # type: ignore[assignment]
-
-    def update(self, output: Tensor, i: int, x: Tensor, churn: Churn, generator: Generators) -> Tensor:  # type: ignore[override]
+    def update(self, output: Tensor, i: int, x: Tensor, *churn: Any) -> Tensor:  # type: ignore[override]
         """One evaluation; see :class:`TwoStageScheduler`."""
-        self._churn(x, i, churn, x.dtype, generator)  # which flows refuse
+        self._churn(x, i, x.dtype, *churn)  # which flows refuse
         return super().update(output, i, x)[0]
 
 
@@ -117,13 +103,13 @@ class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
     """Consistency sampling for flow models: denoise, then noise anew to the next level (arXiv:2310.04378 algorithm 3)."""
 
     config_keys = "SHIFTS scale_factors upscale_mode"
-    step = StochasticScheduler.step  # type: ignore[assignment]
+    step_takes = STOCHASTIC
 
     def set_scale_factors(self, scale_factors: list[float], upscale_mode: str) -> None:
         """Replaces the growth of the sample from step to step."""
         self.register_to_config(scale_factors=scale_factors, upscale_mode=upscale_mode)
 
-    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:  # type: ignore[override]
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:
         """To the denoised sample, which may grow, and to the next level with fresh noise (arXiv:2310.04378 algorithm 3)."""
         here, there = self._sigmas[i : i + 2]
         x0 = torch.add(x, output, alpha=-here)
@@ -134,11 +120,12 @@ class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
         return noise_like(x0, generator).lerp_(x0, 1 - there)
 
 
-class LTXEulerAncestralRFScheduler(StochasticScheduler, FlowScheduler):
+class LTXEulerAncestralRFScheduler(FlowScheduler):
     """Euler's method for flow models with noise put back at each step."""
 
     config_keys = "num_train_timesteps eta s_noise"
     config_defaults = {"eta": 1.0}
+    step_takes = STOCHASTIC
 
     def set_timesteps(
         self, num_inference_steps: Count = None, device: Device = None, sigmas: Values | Tensor = None,
@@ -149,7 +136,7 @@ class LTXEulerAncestralRFScheduler(StochasticScheduler, FlowScheduler):
         ``mu`` and further arguments, which other schedulers take, have no effect here.
         """
         if (given := timesteps if sigmas is None else sigmas) is None:
-            self._lay_out(device, num_inference_steps)
+            self._lay_out(num_inference_steps, device)
             return
         levels = np.asarray(given, dtype=np.float64)
         if levels.min() < 0 or levels.max() > 1:

@@ -1,13 +1,14 @@
-"""The catalogue of configuration keys: each name, its meaning, its default and its choices, written once for every scheduler.
+"""The catalogue of configuration keys and of arguments: each name and its meaning, written once for every scheduler.
 
-A scheduler class lists the keys it takes, in the reference's order; its constructor and its documentation come from here.
+A scheduler class lists what its constructor, ``step`` and ``set_timesteps`` take, in the reference's order; their signatures and
+their documentation come from here.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 REQUIRED = inspect.Parameter.empty
@@ -120,6 +121,47 @@ GROUPS = {
     "EDM": "sigma_min sigma_max sigma_data sigma_schedule num_train_timesteps",
 }
 """Keys that several classes take one after the other."""
+DOCS = {name: key.doc + (f" One of {', '.join(key.choices)}." if key.choices else "") for name, key in KEYS.items()}
+ARGUMENTS = {
+    "model_output": ("Tensor", "``(B, C, ...)``, or ``(B, 2C, ...)`` with a learned variance."),
+    "timestep": ("Time", "Of this step, an element of ``timesteps``; solvers on sigmas read it in a run's first step only."),
+    "sample": ("Tensor", "``(B, C, ...)``."),
+    "generator": ("Generators", "Source of the noise, where a solver adds any."),
+    "variance_noise": ("Tensor | None", "The noise itself, in place of ``generator``."),
+    "eta": ("float", "Share of the noise that is fresh, 0 (none) to 1 (DDIM: as DDPM; TCD, which calls it gamma: as LCM)."),
+    "use_clipped_model_output": ("bool", "Recompute the noise from the clipped denoised sample."),
+    "s_churn": ("float", "Noise that a run adds before its steps (0: none); flow models refuse it."),
+    "s_tmin": ("float", "Smallest sigma at which it is added."),
+    "s_tmax": ("float", "Largest sigma at which it is added."),
+    "s_noise": ("float", "Factor of the noise."),
+    "order": ("int", "Most levels whose slopes are used."),
+    "original_image": ("Tensor", "The clean picture that is known in part; broadcasts to ``sample``."),
+    "mask": ("Tensor", "1 where it is kept, 0 where it is not; broadcasts to ``sample``."),
+    "prev_timestep": ("Time | None", "Training step to go down to; by default the one below."),
+    "old_pred_original_sample": ("Tensor | None", "Denoised sample of the last step, ``None`` in the first."),
+    "timestep_back": ("Time | None", "Timestep of the last step, ``None`` in the first."),
+    "pred_original_sample": ("Tensor | None", "The denoised sample, in place of the network's prediction."),
+    "per_token_timesteps": ("Tensor | None", "``(B, N)``, times of the tokens of a sample ``(B, N, C)``: each goes a level down."),
+    "return_dict": ("bool", "Return an output object such as :class:`SchedulerOutput`, else the tuple of its fields."),
+    "num_inference_steps": ("Count", "Number of steps; for solvers on training steps at most as many."),
+    "device": ("Device", "Where ``timesteps`` will lie."),
+    "timesteps": ("Values", "The run's times, descending (of consistency models places among the trained levels, 0 the noisiest)."),
+    "sigmas": ("Values", "The run's noise levels, descending, with the level to end at unless they are a flow's."),
+    "mu": ("float | None", "Logarithm of the shift of a flow's levels, with ``use_dynamic_shifting``."),
+    "num_train_timesteps": ("Count", "Number of training steps, in place of the configuration's."),
+}
+"""Types and meanings of the arguments of ``step`` and ``set_timesteps``."""
+METHODS = {
+    "step": """Goes one step along the run (of solvers that ask the network twice a step: one evaluation further).
+
+Raises:
+    ValueError: ``set_timesteps`` was not called, the timestep is not in the schedule, or the run is at its end.""",
+    "set_timesteps": """Lays out a run of so many steps, or of given times or levels: exactly one of these.
+
+Raises:
+    ValueError: None or several of them were given, or one does not fit the configuration.""",
+}
+"""What these methods do."""
 
 
 def signature(names: str, defaults: Mapping[str, Any]) -> inspect.Signature:
@@ -131,11 +173,29 @@ def signature(names: str, defaults: Mapping[str, Any]) -> inspect.Signature:
     return inspect.Signature([inspect.Parameter("self", kind), *keys])
 
 
-def document(taken: inspect.Signature) -> str:
-    """Writes the ``Args`` section of a scheduler's documentation."""
+def document(taken: inspect.Signature, docs: Mapping[str, str]) -> str:
+    """Writes the ``Args`` section of a method's documentation."""
     lines = []
     for name, parameter in list(taken.parameters.items())[1:]:
-        choices = f" One of {', '.join(KEYS[name].choices)}." if KEYS[name].choices else ""
         default = "" if parameter.default is REQUIRED else f" Default: {parameter.default!r}."
-        lines.append(f"    {name}: {KEYS[name].doc}{choices}{default}")
+        lines.append(f"    {name}: {docs[name]}{default}")
     return "Args:\n" + "\n".join(lines)
+
+
+def method(name: str, takes: str) -> Callable[..., Any]:
+    """Defines ``step`` or ``set_timesteps``, which ``takes`` parameters as a ``def`` has them and hands them on.
+
+    It is compiled, as a data class's constructor is: Python itself checks the arguments, and a call costs what any other does.
+    """
+    names = [parameter.partition("=")[0] for parameter in takes.split(", ") if parameter != "*"]
+    common = ["model_output", "timestep", "sample", "return_dict"]
+    given = {
+        "step": f"_advance({', '.join(common + [word for word in names if word not in common])})",
+        "set_timesteps": f"_lay_out({', '.join(f'{word}={word}' for word in names)})",
+    }
+    scope: dict[str, Any] = {"inf": math.inf}
+    exec(f"def {name}(self, {takes}):\n    return self.{given[name]}", scope)
+    made = scope[name]
+    made.__doc__ = f"{METHODS[name]}\n\n{document(inspect.signature(made), {k: doc for k, (_, doc) in ARGUMENTS.items()})}"
+    made.__annotations__ = {word: ARGUMENTS[word][0] for word in names}
+    return made

@@ -31,9 +31,11 @@ def one_source(**sources: object) -> None:
         raise ValueError(f"set_timesteps takes exactly one of {', '.join(sources)}; given: {', '.join(given) or 'none'}")
 
 
-def noise_like(sample: Tensor, generator: Generators) -> Tensor:
-    """Draws standard normal noise in the shape, the precision and the place of ``sample``."""
-    return randn(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+def noise_like(sample: Tensor, generator: Generators, scale: float | Tensor = 1.0) -> Tensor:
+    """Draws normal noise of deviation ``scale`` in the shape, the precision and the place of ``sample``."""
+    if isinstance(scale, float) and isinstance(generator, torch.Generator) and generator.device == sample.device:
+        return torch.empty_like(sample, memory_format=torch.contiguous_format).normal_(0.0, scale, generator=generator)
+    return randn(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype) * scale
 
 
 def beta_table(

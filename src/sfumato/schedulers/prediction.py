@@ -58,9 +58,12 @@ def mix(weights: tuple[float, float], x: Tensor, y: Tensor) -> Tensor:
 
 
 def blend(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    """Returns the sum of ``weights[k] * tensors[k]`` as a new tensor, in the precision of the first."""
-    total = tensors[0] * weights[0]
-    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+    """Returns the sum of ``weights[k] * tensors[k]`` as a new tensor, in the precision of the first two."""
+    if weights[0] == 1:
+        total, done = torch.add(tensors[0], tensors[1], alpha=weights[1]), 2
+    else:
+        total, done = tensors[0] * weights[0], 1
+    for weight, tensor in zip(weights[done:], tensors[done:], strict=True):
         total.add_(tensor, alpha=weight)
     return total
 

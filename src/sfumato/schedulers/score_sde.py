@@ -39,23 +39,18 @@ class KarrasVeScheduler(SchedulerMixin):
         schedule: Squares of the noise levels, ``(steps,)``, for ``timesteps`` from the last to 0."""
 
     order = 2
-
+    _least = 2  # from sigma_max to sigma_min
     config_keys = "sigma_min sigma_max s_noise s_churn s_min s_max"
     config_defaults = {"sigma_min": 0.02, "sigma_max": 100, "s_noise": 1.007}
 
     def _build(self) -> None:
         self.init_noise_sigma = self.config["sigma_max"]
 
-    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
-        super().set_timesteps(num_inference_steps, device)
+    def _lay_out(self, num_inference_steps: int, device: Device) -> None:  # type: ignore[override]
+        super()._lay_out(num_inference_steps, device)
         high, low = self.config["sigma_max"] ** 2, self.config["sigma_min"] ** 2
         squares = high * (low / high) ** np.linspace(1, 0, num_inference_steps)
         self.schedule = torch.tensor(squares, dtype=torch.float32, device=device)
-
-    def _stops(self, count: int) -> np.ndarray:
-        if count < 2:
-            raise ValueError(f"num_inference_steps={count}, expected at least 2: the levels go from sigma_max to sigma_min")
-        return np.arange(count)[::-1]
 
     def add_noise_to_input(self, sample: Tensor, sigma: float, generator: Generators = None) -> tuple[Tensor, float]:
         """Raises a sample of noise level ``sigma`` to a higher one, and returns both (lines 4 to 6)."""
@@ -102,7 +97,7 @@ class ScoreSdeVeScheduler(SchedulerMixin):
         self.init_noise_sigma = self.config["sigma_max"]
         self.set_sigmas(len(self))
 
-    def set_timesteps(self, num_inference_steps: int, sampling_eps: float | None = None, device: Device = None) -> None:  # type: ignore[override]
+    def set_timesteps(self, num_inference_steps: int, sampling_eps: float | None = None, device: Device = None) -> None:
         """Lays out times from 1 to ``sampling_eps``; ``set_sigmas`` follows."""
         end = self.config["sampling_eps"] if sampling_eps is None else sampling_eps
         self.num_inference_steps = count = self._check_count(num_inference_steps)

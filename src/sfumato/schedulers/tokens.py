@@ -21,6 +21,7 @@ class VQDiffusionScheduler(SchedulerMixin):
 
     config_keys = "num_vec_classes num_train_timesteps alpha_cum_start alpha_cum_end gamma_cum_start gamma_cum_end"
     config_defaults = {"num_train_timesteps": 100}
+    _most = 0
 
     def _build(self) -> None:
         c, total = self.config, len(self)
@@ -37,12 +38,7 @@ class VQDiffusionScheduler(SchedulerMixin):
         self.mask_class = tokens
         self._set_schedule(np.arange(total)[::-1])
 
-    def _stops(self, count: int) -> np.ndarray:
-        if count > len(self):
-            raise ValueError(f"num_inference_steps={count} is more than the {len(self)} steps this model was trained with")
-        return np.arange(count)[::-1]
-
-    def step(  # type: ignore[override]
+    def step(
         self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
     ) -> StepResult:
         """Draws the tokens of the step before, with the Gumbel trick (section 3.2).
@@ -87,7 +83,7 @@ class AmusedScheduler(SchedulerMixin):
 
     config_keys = "mask_token_id masking_schedule"
 
-    def set_timesteps(  # type: ignore[override]
+    def set_timesteps(
         self, num_inference_steps: int, temperature: float | tuple[float, float] | list[float] = (2, 0), device: Device = None
     ) -> None:
         """Lays out a run; ``temperature`` of the choice of masks goes from the first to the second value (0.01 if there is one)."""
@@ -100,7 +96,7 @@ class AmusedScheduler(SchedulerMixin):
         self._shares = torch.cos(done * math.pi / 2) if self.config["masking_schedule"] == "cosine" else 1 - done
         self._set_schedule(np.arange(count)[::-1], device)
 
-    def step(  # type: ignore[override]
+    def step(
         self, model_output: Tensor, timestep: Time, sample: Tensor, starting_mask_ratio: float = 1.0, generator: Generators = None,
         return_dict: bool = True,
     ) -> StepResult:  # fmt: skip
