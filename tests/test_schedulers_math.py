@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 import sfumato.schedulers as schedulers
 from sfumato.random import randn
-from sfumato.schedulers.brownian import BrownianNoise
+from sfumato.schedulers.noise import BrownianNoise
 
 SPREAD = 0.7
 """Standard deviation of the data. For normal data the perfect network and the exact path of every sample are known."""

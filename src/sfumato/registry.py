@@ -37,10 +37,10 @@ _MODULES: dict[str, str] = {
     " DDIMInverseScheduler RePaintScheduler UnCLIPScheduler DDPMWuerstchenScheduler CogVideoXDDIMScheduler CogVideoXDPMScheduler"
     " IPNDMScheduler",
     "schedulers.euler": "EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler KDPM2DiscreteScheduler"
-    " KDPM2AncestralDiscreteScheduler LMSDiscreteScheduler DPMSolverSDEScheduler",
+    " KDPM2AncestralDiscreteScheduler LMSDiscreteScheduler DPMSolverSDEScheduler EDMEulerScheduler",
     "schedulers.dpm": "DPMSolverMultistepScheduler DPMSolverMultistepInverseScheduler DPMSolverSinglestepScheduler"
-    " DEISMultistepScheduler UniPCMultistepScheduler SASolverScheduler",
-    "schedulers.edm": "EDMEulerScheduler EDMDPMSolverMultistepScheduler CosineDPMSolverMultistepScheduler",
+    " DEISMultistepScheduler UniPCMultistepScheduler SASolverScheduler"
+    " EDMDPMSolverMultistepScheduler CosineDPMSolverMultistepScheduler",
     "schedulers.flow": "FlowMatchEulerDiscreteScheduler FlowMatchHeunDiscreteScheduler FlowMatchLCMScheduler"
     " LTXEulerAncestralRFScheduler",
     "schedulers.consistency": "LCMScheduler TCDScheduler CMStochasticIterativeScheduler ConsistencyDecoderScheduler SCMScheduler"

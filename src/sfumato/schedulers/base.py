@@ -25,32 +25,21 @@ from ..config import ConfigMixin, read_json
 from ..errors import ConfigError
 from ..outputs import BaseOutput
 from .keys import DOCS, KEYS, METHODS, document, method, signature
-from .noise import (
-    beta_table,
-    given_steps,
-    integer_steps,
-    one_of,
-    one_source,
-    shift_flow,
-    sigma_ramp,
-    sigmas_to_steps,
-    zero_terminal,
-)
+from .names import from_name
+from .noise import beta_table, given_steps, integer_steps, noise_tables, one_of, one_source, shift_flow, sigma_ramp, sigmas_to_steps
 from .prediction import denoised_coefficients, dynamic_threshold, mix, wide
 
 Device = str | torch.device | None
 Time = float | Tensor
 Count = int | None
 Values = Sequence[float] | None
-STOCHASTIC = "model_output, timestep, sample, generator=None, return_dict=True"
-"""What ``step`` takes where a solver draws noise and nothing else."""
+Run = tuple[np.ndarray, np.ndarray]
+"""Noise levels, the one that the run ends at included, and timesteps."""
 Update = tuple[Tensor, Tensor | None]
 """What a solver returns: the sample at the next level, and the denoised sample where it has one."""
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .brownian import BrownianNoise
 
 _S = TypeVar("_S", bound="SchedulerMixin")
 
@@ -92,7 +81,7 @@ class SchedulerMixin(ConfigMixin):
     config_keys: ClassVar[str]  # names of keys and groups of the catalogue, see keys.py
     config_defaults: ClassVar[Mapping[str, Any]] = {}  # where they differ from the catalogue's
     config_choices: ClassVar[Mapping[str, tuple]] = {}  # of values, where they differ from the catalogue's
-    step_takes: ClassVar[str] = "model_output, timestep, sample, return_dict=True"  # as a def has them
+    step_takes: ClassVar[str] = ""  # arguments as a def has them, besides the output, the timestep, the sample and return_dict
     set_timesteps_takes: ClassVar[str] = "num_inference_steps, device=None"
     _least: ClassVar[int] = 1  # steps that a run has
     _most: ClassVar[int | None] = None  # at most; 0 stands for the training steps
@@ -158,16 +147,7 @@ class SchedulerMixin(ConfigMixin):
 
     save_pretrained = ConfigMixin.save_config
 
-    @staticmethod
-    def from_name(name: str, config: Mapping[str, Any] | None = None, **overrides: Any) -> SchedulerMixin:
-        """Builds the scheduler that k-diffusion, ComfyUI or AUTOMATIC1111 calls ``name``: ``"DPM++ 2M Karras"``, ``"euler_a"``.
-
-        ``name`` is a sampler and, after it, a spacing of its levels, spelled freely (``dpmpp_2m_karras``), or a class name. The
-        configuration is ``config``, ``pipe.scheduler.config`` say, with ``overrides``. A ValueError lists the names that there are.
-        """
-        from .names import from_name
-
-        return from_name(name, config, **overrides)
+    from_name = staticmethod(from_name)
 
     @property
     def compatibles(self) -> list[type[SchedulerMixin]]:
@@ -206,11 +186,12 @@ class SchedulerMixin(ConfigMixin):
         return twin
 
     def _reset(self) -> None:
-        """Forgets the run: all state there is, but for PNDM's."""
+        """Forgets the run: all state there is."""
         self.step_index = self.begin_index = None
+        self._calls = 0  # of step
         self._history: list[Tensor] = []  # what multistep solvers extrapolate, the latest first
         self._start: Any = None  # what a step of several evaluations, or a correction, sets out from
-        self._path: BrownianNoise | None = None
+        self._path: Callable[[float, float], Tensor] | None = None  # increments of the run's Brownian motion
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Makes the run begin at this position of the schedule (image-to-image starts part of the way)."""
@@ -295,12 +276,9 @@ class SchedulerMixin(ConfigMixin):
         """Builds ``betas``, ``alphas`` and ``alphas_cumprod`` (one per training step) from the configuration."""
         ends, trained = (self._own("beta_start", 0.0001), self._own("beta_end", 0.02)), self._own("trained_betas", None)
         schedule, shift = self._own("beta_schedule", "squaredcos_cap_v2"), self._own("snr_shift_scale", 1.0)
-        self.betas = beta_table(schedule, len(self), *ends, trained, self._table_type)
-        alpha_bar = (1 - self.betas).cumprod(0)
-        alpha_bar = alpha_bar / (shift + (1 - shift) * alpha_bar)
-        if self._own("rescale_betas_zero_snr", False):
-            alpha_bar = zero_terminal(alpha_bar)
-            self.betas = 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+        zero_snr = self._own("rescale_betas_zero_snr", False)
+        betas = beta_table(schedule, len(self), *ends, trained, self._table_type)
+        self.betas, alpha_bar = noise_tables(betas, shift, zero_snr)
         if alpha_bar[-1] == 0:
             alpha_bar[-1] = floor
         self.alphas, self.alphas_cumprod = 1 - self.betas, alpha_bar
@@ -314,6 +292,7 @@ class SchedulerMixin(ConfigMixin):
         """Solves the step, with what more ``step`` was given; moves on by one position and wraps the result."""
         new = self.update(output, self._position(timestep), wide(sample), *more)
         there, x0 = new if isinstance(new, tuple) else (new, None)
+        self._calls += 1
         if self.step_index is not None:
             self.step_index += 1
         if there.dtype != sample.dtype:
@@ -326,8 +305,8 @@ class SchedulerMixin(ConfigMixin):
 def _define(cls: type[SchedulerMixin]) -> None:
     """Gives a class the methods whose arguments it lists."""
     for name in METHODS:
-        if takes := cls.__dict__.get(f"{name}_takes"):
-            setattr(cls, name, method(name, takes))
+        if f"{name}_takes" in cls.__dict__:
+            setattr(cls, name, method(name, cls.__dict__[f"{name}_takes"]))
 
 
 _define(SchedulerMixin)
@@ -359,9 +338,13 @@ class LevelScheduler(SchedulerMixin):
         """Returns ``(a, b)`` with ``x0 = a * x + b * output``."""
         return denoised_coefficients(self._kind, alpha, sigma)
 
+    _share: Callable[[Tensor], Tensor]
+    """Returns the share of signal variance at timesteps ``(B,)``."""
+
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the factors of signal and noise at ``timesteps``, all ``(B,)``."""
-        raise NotImplementedError
+        share = self._share(timesteps)
+        return share.sqrt(), (1 - share).sqrt()
 
     def _factors(self, timesteps: Tensor, sample: Tensor) -> list[Tensor]:
         shape, dtype = (-1, *[1] * (sample.ndim - 1)), torch.promote_types(sample.dtype, torch.float32)
@@ -417,9 +400,8 @@ class StepScheduler(LevelScheduler):
         """Returns the factors of signal and noise at a training step."""
         return math.sqrt(self._alpha_bar_at(step)), math.sqrt(1 - self._alpha_bar_at(step))
 
-    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_bar = self.alphas_cumprod.to(timesteps.device)[timesteps]
-        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    def _share(self, timesteps: Tensor) -> Tensor:
+        return self.alphas_cumprod.to(timesteps.device)[timesteps]
 
 
 class SigmaScheduler(LevelScheduler):
@@ -432,15 +414,20 @@ class SigmaScheduler(LevelScheduler):
 
     sigmas: Tensor
     is_flow = False
+    _ramp: str | None = None  # the spacing of sigmas, if any
+    _takes_times = True  # whether a run can be given its timesteps
+    _spread: float | None = None  # standard deviation of the data, where the network takes samples at unit variance
+    _ending = "zero"  # final_sigmas_type, where it is no key
     _respaces_flow = True  # whether a spacing of sigmas spaces a flow's own levels, else those of the table
 
     def _build(self) -> None:
         super()._build()
         self._ramp = self._read_ramp()
+        self._takes_times = not self._ramp
         alpha_bar = self._alpha_bar_table(floor=2.0**-24)  # zero signal, too, needs a finite sigma: 4096
         self._table = ((1 - alpha_bar) / alpha_bar).sqrt().numpy()  # float32 (training steps,), ascending
         self._bounds = float(self._table[-1]), float(self._table[0])
-        self._final_sigma = self._bounds[1] if self._own("final_sigmas_type", "zero") == "sigma_min" else 0.0
+        self._final_sigma = self._bounds[1] if self._own("final_sigmas_type", self._ending) == "sigma_min" else 0.0
         self._set_levels(np.append(self._table[::-1], 0.0), np.arange(len(self._table))[::-1])
         self._read_flow()
 
@@ -481,7 +468,7 @@ class SigmaScheduler(LevelScheduler):
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         if mu is not None and not self.config.get("use_dynamic_shifting"):
             raise ValueError(f"mu={mu} needs a scheduler with use_dynamic_shifting=True")
-        if timesteps is not None and not self._takes_times():
+        if timesteps is not None and not self._takes_times:
             spacings = "use_..._sigmas, timestep_type='continuous' or use_flow_sigmas"
             raise ValueError(f"timesteps cannot be set with {spacings}: pass num_inference_steps, or change the configuration")
         self._take(*self._run_levels(num_inference_steps, timesteps, sigmas, mu, num_train_timesteps), device)
@@ -490,13 +477,7 @@ class SigmaScheduler(LevelScheduler):
         self.num_inference_steps = len(times)
         self._set_levels(levels, times, device)
 
-    def _takes_times(self) -> bool:
-        return not self._ramp
-
-    def _run_levels(
-        self, count: int | None, timesteps: Any, sigmas: Any, mu: float | None, train_steps: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a run's noise levels, the last included, and its timesteps."""
+    def _run_levels(self, count: Count, timesteps: Any, sigmas: Any, mu: float | None, train_steps: Count = None) -> Run:
         if self.is_flow and (self._respaces_flow or not self._ramp):
             return self._flow_levels(count, timesteps, sigmas, mu)
         if sigmas is not None:
@@ -508,7 +489,7 @@ class SigmaScheduler(LevelScheduler):
     def _stops(self, count: int, train_steps: int | None = None) -> np.ndarray:
         return integer_steps(self.config["timestep_spacing"], count, train_steps or len(self), self.config["steps_offset"])
 
-    def _levels_at(self, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _levels_at(self, stops: np.ndarray) -> Run:
         """Returns the noise levels of a run at these training steps, or as many spaced otherwise, and its timesteps."""
         levels = self._sigmas_at(stops)
         if self._ramp:
@@ -527,9 +508,7 @@ class SigmaScheduler(LevelScheduler):
     def _times_of(self, levels: np.ndarray) -> np.ndarray:
         return levels * len(self) if self.is_flow else sigmas_to_steps(levels, self._table)
 
-    def _flow_levels(
-        self, count: int | None, timesteps: Any = None, sigmas: Any = None, mu: float | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _flow_levels(self, count: Count, timesteps: Any, sigmas: Any, mu: float | None) -> Run:
         """Returns a flow's noise levels, the last included, and its timesteps: the levels times the number of training steps.
 
         Levels even in time, or given ones, are shifted (arXiv:2403.03206 eq. 23) by the configuration's ``shift``, or by ``mu``
@@ -566,6 +545,16 @@ class SigmaScheduler(LevelScheduler):
         places = [self.index_for_timestep(t) for t in timesteps.flatten().tolist()] if begun is None else [begun]
         factors = torch.tensor([self._signal_noise(self._sigmas[i]) for i in places], dtype=torch.float64)
         return factors[:, 0], factors[:, 1]
+
+    def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
+        """Scales the sample at this timestep to unit variance if the network expects that, as solvers of ``dx / dsigma`` do."""
+        if self._spread is None:
+            return sample
+        return sample * (1 / math.hypot(self._evaluated(self._position(timestep)), self._spread))
+
+    def _evaluated(self, i: int) -> float:
+        """Returns the noise level at which the network is asked at a position of the run."""
+        return self._sigmas[i]
 
     def _signal_noise(self, sigma: float) -> tuple[float, float]:
         """Returns the factors of signal and noise at a level, variance-exploding or of a flow."""

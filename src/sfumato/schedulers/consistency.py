@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..outputs import BaseOutput
 from ..random import Generators
-from .base import STOCHASTIC, Count, Device, SchedulerMixin, SigmaScheduler, StepScheduler, Time, Update, Values
+from .base import Count, Device, SchedulerMixin, SigmaScheduler, StepScheduler, Time, Update, Values
 from .noise import given_steps, noise_like, one_source, sigma_ramp
 from .prediction import blend, denoised_coefficients, mix, noise_coefficients
 
@@ -40,7 +40,7 @@ class TCDSchedulerOutput(BaseOutput):
 class ConsistencyScheduler(SchedulerMixin):
     """Base of multistep consistency sampling."""
 
-    step_takes = STOCHASTIC
+    step_takes = "generator=None"
     _tells_denoised = True  # whether the clean sample is part of a step's result
     _jump: Callable[[Tensor, int, Tensor], Tensor]
     """Returns the clean sample, from the output, the position and the sample: the consistency function."""
@@ -122,7 +122,7 @@ class TCDScheduler(DistilledScheduler):
     _output = TCDSchedulerOutput
     _resets_origin = True
 
-    step_takes = "model_output, timestep, sample, eta=0.3, generator=None, return_dict=True"
+    step_takes = "eta=0.3, generator=None"
 
     def update(self, output: Tensor, i: int, x: Tensor, eta: float, generator: Generators) -> Update:
         """Strategic stochastic sampling (algorithm 4): down to a level beyond the next, and up from there with noise."""
@@ -150,7 +150,7 @@ class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
     _most = 0
 
     def _build(self) -> None:
-        self.init_noise_sigma = self.config["sigma_max"]
+        self.init_noise_sigma, self._spread = self.config["sigma_max"], self.config["sigma_data"]
         self._lay_places(np.arange(len(self)))
 
     def _lay_out(self, num_inference_steps: Count, device: Device, timesteps: Values) -> None:  # type: ignore[override]
@@ -167,10 +167,6 @@ class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
     def sigma_to_t(self, sigmas: np.ndarray) -> np.ndarray:
         """Returns what the network is told of noise levels: ``250 * log(sigma)``."""
         return 250 * np.log(np.asarray(sigmas) + 1e-44)
-
-    def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
-        sigma = self._sigmas[self._position(timestep)]
-        return sample * (1 / math.sqrt(sigma**2 + self.config["sigma_data"] ** 2))
 
     def get_scalings_for_boundary_condition(self, sigma: float) -> tuple[float, float]:
         """Returns ``(c_skip, c_out)`` at a noise level (appendix C)."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..random import Generators
-from .base import STOCHASTIC, Count, Device, LevelScheduler, SchedulerMixin, StepScheduler, Time, Update, Values
+from .base import Count, Device, LevelScheduler, SchedulerMixin, StepScheduler, Time, Update, Values
 from .noise import noise_like, one_source
 from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance, wide
 
@@ -29,7 +29,7 @@ class DDPMScheduler(StepScheduler):
     _variances = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
     config_choices = {"variance_type": (*_variances, None)}
 
-    step_takes = STOCHASTIC
+    step_takes = "generator=None"
     set_timesteps_takes = "num_inference_steps=None, device=None, timesteps=None"
 
     def _set_schedule(self, timesteps: np.ndarray, device: Device = None) -> None:
@@ -77,10 +77,7 @@ class DDIMScheduler(StepScheduler):
 
     config_keys = "BETAS ENDS prediction_type BOUNDS timestep_spacing rescale_betas_zero_snr"
     config_defaults = {"timestep_spacing": "leading"}
-    step_takes = (
-        "model_output, timestep, sample, eta=0.0, use_clipped_model_output=False, generator=None, variance_noise=None,"
-        " return_dict=True"
-    )
+    step_takes = "eta=0.0, use_clipped_model_output=False, generator=None, variance_noise=None"
 
     def _move(self, t: int) -> tuple[float, float]:
         """Returns ``alpha_bar`` before and after the step."""
@@ -118,11 +115,6 @@ class PNDMScheduler(StepScheduler):
     config_defaults = {"set_alpha_to_one": False, "timestep_spacing": "leading"}
     _warm_up = 0  # evaluations
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._calls = 0
-        self._stages: list[Tensor] = []  # of a Runge-Kutta step
-
     def _stops(self, count: int) -> np.ndarray:
         stops = super()._stops(count)
         if self.config["skip_prk_steps"]:
@@ -138,20 +130,17 @@ class PNDMScheduler(StepScheduler):
     def update(self, output: Tensor, t: int, x: Tensor) -> Tensor:
         """One evaluation (arXiv:2202.09778 eqs. 12 and 13); without warm-up the second one repeats the first step (Heun)."""
         solve = self._runge_kutta if self._calls < self._warm_up else self._adams_bashforth
-        new = solve(output, t, x, self._stride())
-        self._calls += 1
-        return new
+        return solve(output, t, x, self._stride())
 
     def _runge_kutta(self, output: Tensor, t: int, x: Tensor, stride: int) -> Tensor:
         """One of the four evaluations of eq. 13."""
         stage = self._calls % 4
         if stage == 0:
-            self._history = [output, *self._history]
-            self._start, self._stages = x, []
-        self._stages.append(output)
+            self._history, self._start = [output, *self._history], (x, [])
+        base, outputs = self._start
+        outputs.append(output)
         start, reach = int(self._times[self._calls - stage]), t - (0 if stage % 2 else stride // 2)
-        base = x if self._start is None else self._start
-        weights, outputs = ([1.0], [output]) if stage < 3 else ([1 / 6, 1 / 3, 1 / 3, 1 / 6], self._stages)
+        weights, outputs = ([1.0], [output]) if stage < 3 else ([1 / 6, 1 / 3, 1 / 3, 1 / 6], outputs)
         return self._transfer(weights, outputs, base, start, reach)
 
     def _adams_bashforth(self, output: Tensor, t: int, x: Tensor, stride: int) -> Tensor:
@@ -260,7 +249,7 @@ class RePaintScheduler(DDIMScheduler):
     """Inpainting with an unconditional model: the known region is noised anew at each step (arXiv:2201.09865 algorithm 1)."""
 
     config_keys = "num_train_timesteps beta_start beta_end beta_schedule eta trained_betas clip_sample"
-    step_takes = "model_output, timestep, sample, original_image, mask, generator=None, return_dict=True"
+    step_takes = "original_image, mask, generator=None"
 
     def set_timesteps(
         self, num_inference_steps: int, jump_length: int = 10, jump_n_sample: int = 10, device: Device = None
@@ -269,15 +258,11 @@ class RePaintScheduler(DDIMScheduler):
         if jump_length < 1:
             raise ValueError(f"jump_length={jump_length}, expected at least 1 (jump_n_sample=1 for a run without jumps)")
         self.num_inference_steps = count = min(self._check_count(num_inference_steps), len(self))
-        left = dict.fromkeys(range(0, count - jump_length, jump_length), jump_n_sample - 1)
-        t, times = count, []
-        while t > 0:
-            t -= 1
+        times: list[int] = []
+        for t in range(count)[::-1]:
             times.append(t)
-            if left.get(t, 0) > 0:
-                left[t] -= 1
-                times.extend(range(t + 1, t + jump_length + 1))
-                t += jump_length
+            if t % jump_length == 0 and t < count - jump_length:
+                times += [*range(t + 1, t + jump_length + 1), *range(t, t + jump_length)[::-1]] * (jump_n_sample - 1)
         self._set_schedule(np.array(times) * (len(self) // count), device)
 
     def update(self, output: Tensor, t: int, x: Tensor, picture: Tensor, mask: Tensor, generator: Generators) -> Update:  # type: ignore[override]
@@ -304,7 +289,7 @@ class UnCLIPScheduler(DDPMScheduler):
     config_defaults = {"variance_type": "fixed_small_log", "beta_schedule": "squaredcos_cap_v2"}
     config_choices = {"variance_type": ("fixed_small_log", "learned_range"), "beta_schedule": ("squaredcos_cap_v2",)}
 
-    step_takes = "model_output, timestep, sample, prev_timestep=None, generator=None, return_dict=True"
+    step_takes = "prev_timestep=None, generator=None"
     set_timesteps_takes = StepScheduler.set_timesteps_takes
     _least = 2  # from the last training step to the first
 
@@ -326,7 +311,7 @@ class DDPMWuerstchenScheduler(LevelScheduler):
     """DDPM in continuous time, 1 (noise) to 0 (clean), on the cosine table (arXiv:2306.00637, arXiv:2102.09672 eq. 17)."""
 
     config_keys = "scaler s"
-    step_takes = STOCHASTIC
+    step_takes = "generator=None"
     set_timesteps_takes = "num_inference_steps=None, timesteps=None, device=None"
     _time_type = torch.float32
 
@@ -338,17 +323,13 @@ class DDPMWuerstchenScheduler(LevelScheduler):
             raise ValueError(f"timesteps={timesteps}, expected two times or more, of which the last is where the run ends")
         self.num_inference_steps = len(times) - 1
         self._set_schedule(times.cpu().double().numpy(), device)
-        self._alpha_bars = self._alpha_bar_at(torch.tensor(self._times)).tolist()
+        self._alpha_bars = self._share(torch.tensor(self._times)).tolist()
 
-    def _alpha_bar_at(self, t: Tensor) -> Tensor:
-        scaler, s = self.config["scaler"], self.config["s"]
+    def _share(self, timesteps: Tensor) -> Tensor:
+        scaler, s, t = self.config["scaler"], self.config["s"], timesteps
         t = 1 - (1 - t) ** scaler if scaler > 1 else t**scaler
         signal = torch.cos((t + s) / (1 + s) * (math.pi / 2)) ** 2 / math.cos(s / (1 + s) * math.pi / 2) ** 2
         return signal.clamp(0.0001, 0.9999)
-
-    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_bar = self._alpha_bar_at(timesteps)
-        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def _position(self, timestep: Time) -> int:  # type: ignore[override]
         self._count()

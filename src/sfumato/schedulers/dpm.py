@@ -12,12 +12,14 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..random import Generators
-from .base import STOCHASTIC, Count, Device, SigmaScheduler, StepScheduler, Values
-from .noise import integer_steps, noise_like, one_of, sigmas_to_steps
+from .base import Count, Device, LevelScheduler, Run, SigmaScheduler, StepScheduler, Values
+from .euler import EDMScheduler
+from .noise import BrownianNoise, integer_steps, noise_like, one_of, sigmas_to_steps
 from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance
 
 
@@ -37,6 +39,7 @@ class LogSnrScheduler(SigmaScheduler):
         if self._kind == "flow_prediction" and not self.is_flow:
             raise ConfigError("prediction_type='flow_prediction' needs the levels of a flow: set use_flow_sigmas=True")
         self._ramp = self._ramp or ("lu" if self._own("use_lu_lambdas", False) else None)
+        self._takes_times = not (self._ramp or self.is_flow)
         self._euler_at_final = self._own("euler_at_final", False)
 
     def _adopt(self, key: str, related: tuple[str, ...], *own: str) -> str:
@@ -57,12 +60,7 @@ class LogSnrScheduler(SigmaScheduler):
         alpha, sigma = self._signal_noise(self._sigmas[i])
         return math.log(alpha) - math.log(sigma) if sigma > 0 else math.inf
 
-    def _takes_times(self) -> bool:
-        return super()._takes_times() and not self.is_flow
-
-    def _run_levels(
-        self, count: int | None, timesteps: Any, sigmas: Any, mu: float | None, train_steps: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _run_levels(self, count: Count, timesteps: Any, sigmas: Any, mu: float | None, train_steps: Count = None) -> Run:
         if sigmas is not None and not self.is_flow:
             raise ValueError("sigmas can be set for flow models only: set use_flow_sigmas=True, or pass num_inference_steps")
         if sigmas is not None and self._ramp:
@@ -156,7 +154,7 @@ class LogSnrScheduler(SigmaScheduler):
 class DPMSolverScheduler(LogSnrScheduler):
     """Base of DPM-Solver and DPM-Solver++, as ODE or SDE, of order 1 to 3; only the ``sde-`` solvers add noise."""
 
-    step_takes = STOCHASTIC
+    step_takes = "generator=None"
     set_timesteps_takes = "num_inference_steps=None, device=None, mu=None, timesteps=None, *, sigmas=None"
     _algorithms: tuple[str, ...] = ("dpmsolver++", "dpmsolver", "sde-dpmsolver", "sde-dpmsolver++")
 
@@ -192,7 +190,7 @@ class DPMSolverMultistepScheduler(DPMSolverScheduler):
     """Multistep DPM-Solver and DPM-Solver++, as ODE or SDE, of order 1 to 3."""
 
     config_keys = "MULTISTEP euler_at_final RAMPS use_lu_lambdas FLOW final_sigmas_type CUT SPACING rescale_betas_zero_snr DYNAMIC"
-    step_takes = "model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True"
+    step_takes = "generator=None, variance_noise=None"
 
 
 class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
@@ -209,7 +207,7 @@ class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
             return integer_steps("trailing", count, len(self), top=top).round()
         return integer_steps(c["timestep_spacing"], count + 1, len(self), c["steps_offset"], top=top)[1:].round()
 
-    def _run_levels(self, *given: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _run_levels(self, *given: Any) -> Run:
         levels, times = super()._run_levels(*given)
         noisiest = levels[0] if self.is_flow and not self._ramp else self._table[self._top() - 1]
         return np.append(levels[-2::-1], noisiest), times[::-1]
@@ -260,7 +258,7 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
 class DEISMultistepScheduler(LogSnrScheduler):
     """Exponential integrator on the noise with a polynomial in log rho (arXiv:2204.13902 eq. 15), of order 1 to 3."""
 
-    _on_denoised = False
+    _on_denoised, _ending = False, "sigma_min"
     update = LogSnrScheduler._solve
     config_keys = "MULTISTEP RAMPS FLOW SPACING DYNAMIC"
     config_defaults = {"algorithm_type": "deis", "solver_type": "logrho"}
@@ -271,7 +269,6 @@ class DEISMultistepScheduler(LogSnrScheduler):
         self._adopt("algorithm_type", ("dpmsolver", "dpmsolver++"), "deis")
         self._adopt("solver_type", ("midpoint", "heun", "bh1", "bh2"), "logrho")
         super()._build()
-        self._final_sigma = self._bounds[1]
 
 
 class UniPCMultistepScheduler(LogSnrScheduler):
@@ -300,7 +297,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
             self._predictor = self.config["solver_p"].fresh()
             self._predictor.set_timesteps(len(self._times), device=device)
 
-    def _run_levels(self, *given: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _run_levels(self, *given: Any) -> Run:
         levels, times = super()._run_levels(*given)
         if not self.is_flow:
             return levels, times
@@ -330,20 +327,20 @@ class SASolverScheduler(LogSnrScheduler):
     """Stochastic Adams predictor-corrector with noise of adjustable strength tau (arXiv:2309.05019)."""
 
     config_keys = "BETAS ADAMS prediction_type tau_func LIMITS algorithm_type lower_order_final RAMPS FLOW CUT SPACING"
-    step_takes = STOCHASTIC
+    step_takes = "generator=None"
     config_defaults = {"algorithm_type": "data_prediction"}
-    config_choices = dict(
-        predictor_order=(1, 2, 3, 4), corrector_order=(1, 2, 3, 4), algorithm_type=("data_prediction", "noise_prediction")
-    )
+    config_choices = {"algorithm_type": ("data_prediction", "noise_prediction")}
+    _ending = "sigma_min"
 
     def _build(self) -> None:
         self._on_denoised = self.config["algorithm_type"] == "data_prediction"
         super()._build()
-        self._final_sigma = self._bounds[1]
 
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         # noise is added at the training step itself, wherever the run is
-        return super()._levels(timesteps) if self.is_flow else StepScheduler._levels(self, timesteps.long())  # type: ignore[arg-type]
+        return super()._levels(timesteps) if self.is_flow else LevelScheduler._levels(self, timesteps.long())
+
+    _share = StepScheduler._share
 
     def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Tensor:
         """Corrects the sample (eq. 17, Adams-Moulton) and predicts the next one (eq. 14, Adams-Bashforth)."""
@@ -360,3 +357,45 @@ class SASolverScheduler(LogSnrScheduler):
 
     def _form(self) -> str:
         return "bh1" if self._on_denoised else "exact"  # as in the published solver, for few steps
+
+
+class EDMDPMSolverMultistepScheduler(DPMSolverScheduler, EDMScheduler):
+    """Multistep DPM-Solver++ with EDM's preconditioning, as ODE or SDE; see :class:`DPMSolverMultistepScheduler`."""
+
+    predictions = EDMScheduler.predictions
+    _precision = torch.float32
+    _algorithms = ("dpmsolver++", "sde-dpmsolver++")
+    _times_of = EDMScheduler._times_of
+
+    config_keys = "EDM prediction_type rho solver_order LIMITS SOLVER euler_at_final final_sigmas_type"
+    set_timesteps_takes = LogSnrScheduler.set_timesteps_takes
+
+    def _read_solver(self) -> None:
+        super()._read_solver()
+        one_of("solver_order", self.config["solver_order"], *((1, 2) if self._tau2 else (1, 2, 3)))
+
+    def _signal_noise(self, sigma: float) -> tuple[float, float]:
+        return 1.0, sigma
+
+
+class CosineDPMSolverMultistepScheduler(EDMDPMSolverMultistepScheduler):
+    """Multistep SDE DPM-Solver++ with Brownian noise, for networks told the angle ``2 / pi * atan(sigma)`` (Stable Audio)."""
+
+    config_keys = "EDM solver_order prediction_type rho solver_type lower_order_final euler_at_final final_sigmas_type"
+    config_defaults = {"sigma_min": 0.3, "sigma_max": 500, "sigma_data": 1.0, "sigma_schedule": "exponential",
+                       "prediction_type": "v_prediction"}  # fmt: skip
+    config_choices = {"solver_order": (1, 2), "solver_type": ("midpoint", "heun")}
+
+    def _read_solver(self) -> None:
+        self._on_denoised, self._tau2 = True, 1.0
+
+    def _times_of(self, levels: np.ndarray) -> np.ndarray:
+        return np.arctan(levels) / math.pi * 2
+
+    def update(self, output: Tensor, i: int, x: Tensor, generator: Generators, noise: Tensor | None = None) -> Tensor:
+        """See :class:`DPMSolverScheduler`; the seeds of ``generator`` fix the run's Brownian motion, nothing is drawn from it."""
+        if self._path is None:
+            given = generator if isinstance(generator, (list, tuple)) else [generator]
+            seeds = [g.initial_seed() for g in given if g is not None] or None
+            self._path = BrownianNoise(x.to(output.dtype), self.config["sigma_min"], self.config["sigma_max"], seed=seeds)
+        return super().update(output, i, x, None, self._path(*self._sigmas[i : i + 2]))

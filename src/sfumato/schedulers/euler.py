@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from ..random import Generators, randn
-from .base import STOCHASTIC, Device, SigmaScheduler, Time, Update
-from .brownian import BrownianNoise
-from .noise import noise_like, shift_flow, sigma_ramp
+from .base import Count, Device, LevelScheduler, Run, SigmaScheduler, Time, Update
+from .noise import BrownianNoise, noise_like, shift_flow, sigma_ramp
 from .prediction import blend, polynomial_weights
 
-CHURN = "model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=inf, s_noise=1.0, generator=None"
+CHURN = "s_churn=0.0, s_tmin=0.0, s_tmax=inf, s_noise=1.0, generator=None"
 """What ``step`` takes where noise can be added before it."""
 
 
@@ -41,6 +40,7 @@ class ExplodingScheduler(SigmaScheduler):
         if self.is_flow:
             self._set_flow()
         self._direct = not self._clips and self._kind == ("flow_prediction" if self.is_flow else "epsilon")
+        self._spread = None if self.is_flow else 1.0
 
     def _set_flow(self) -> None:
         """Lays out all levels that a flow model was trained with."""
@@ -54,14 +54,6 @@ class ExplodingScheduler(SigmaScheduler):
             return 1.0
         largest = max(self._sigmas)
         return math.sqrt(largest**2 + 1) if self.config["timestep_spacing"] == "leading" else largest
-
-    def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
-        """Scales the sample at this timestep to the variance that the network expects; flow models take it as it is."""
-        return sample if self.is_flow else sample * (1 / math.sqrt(self._evaluated(self._position(timestep)) ** 2 + 1))
-
-    def _evaluated(self, i: int) -> float:
-        """Returns the noise level at which the network is asked at a position of the run."""
-        return self._sigmas[i]
 
     def _begin(self, timestep: Time) -> int:
         whole = not timestep.is_floating_point() if isinstance(timestep, Tensor) else not isinstance(timestep, float)
@@ -103,23 +95,21 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         "BETAS prediction_type interpolation_type RAMPS sigma_min sigma_max timestep_spacing timestep_type"
         " steps_offset rescale_betas_zero_snr final_sigmas_type"
     )
-    step_takes = f"{CHURN}, return_dict=True"
+    step_takes = CHURN
     set_timesteps_takes = "num_inference_steps=None, device=None, timesteps=None, sigmas=None, *, mu=None"
 
     def _build(self) -> None:
         self._continuous = self.config["timestep_type"] == "continuous" and self.config["prediction_type"] == "v_prediction"
         super()._build()
         if self._continuous:
+            self._takes_times = False
             self._set_levels(np.append(self._table[::-1], 0.0), np.log(self._table[::-1]) / 4)
-
-    def _takes_times(self) -> bool:
-        return super()._takes_times() and not self._continuous
 
     def _sigmas_at(self, stops: np.ndarray) -> np.ndarray:
         even = self.config["interpolation_type"] == "log_linear"
         return sigma_ramp("exponential", *self._bounds, len(stops) + 1) if even else super()._sigmas_at(stops)
 
-    def _levels_at(self, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _levels_at(self, stops: np.ndarray) -> Run:
         levels, times = super()._levels_at(stops)
         return levels, self._times_of(levels[:-1]) if self._continuous else times
 
@@ -137,7 +127,7 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
     """Euler steps that go further down than the next level and come back up with fresh noise."""
 
     config_keys = "BETAS prediction_type SPACING rescale_betas_zero_snr"
-    step_takes = STOCHASTIC
+    step_takes = "generator=None"
 
     def update(self, output: Tensor, i: int, x: Tensor, generator: Generators) -> Update:
         """Goes down to the level from which fresh noise leads back to the next one, as DDPM's (arXiv:2006.11239 eq. 7)."""
@@ -147,15 +137,11 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
         return self._renoise(self._move(output, x, x0, sigma, down), down, up, noise_like(output, generator)), x0
 
 
-Levels = tuple[float, float, float]
-"""Where a step sets out from, where the network is asked the second time, and where the step ends."""
-Pair = tuple[Tensor, Tensor]
-
-
 class TwoStageScheduler(ExplodingScheduler):
     """Base of the solvers with two evaluations a step. In ``sigmas`` each inner level stands twice."""
 
     order: ClassVar[int] = 2
+    _half = False  # whether the first evaluation's slope makes up half of the step
     _ends = 1  # how often the last level stands in ``sigmas``
 
     def _set_levels(self, sigmas: np.ndarray, timesteps: np.ndarray, device: Device = None) -> None:
@@ -180,24 +166,25 @@ class TwoStageScheduler(ExplodingScheduler):
         return i
 
     def update(self, output: Tensor, i: int, x: Tensor, source: Any = None) -> Update:
-        """One evaluation; ``source`` is what the stochastic solvers make their noise of."""
+        """Euler's step to where the network is asked again, then a step from the start with the slope there.
+
+        The latter is the midpoint rule (arXiv:2206.00927 algorithm 1), or, with half of each slope, Heun's (arXiv:2206.00364
+        algorithm 1). ``source`` is what the stochastic solvers make their noise of.
+        """
         level, (here, there) = self._evaluated(i), self._sigmas[i - i % 2 : i - i % 2 + 2]
         x0 = self._denoise(output, x, self._signal_noise(level)[0], level)
         if self._start is not None:
-            new, self._start = self.second(output, x, x0, (here, level, there), self._start, source), None
+            new, self._start = self._second(output, x, x0, (here, level, there), source), None
         elif i + 1 == len(self._times):
             new = self._move(output, x, x0, here, there)
         else:
-            new, self._start = self.first(output, x, x0, (here, self._middle(here, there), there), source)
+            new = self._move(output, x, x0, here, self._middle(here, there))
+            self._start = self._move(output, x, x0, here, (here + there) / 2) if self._half else x
         return new, x0
 
-    def first(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, source: Any) -> Pair:
-        """Euler's step to the level of the second evaluation; also returns what that sets out from."""
-        return self._move(output, x, x0, *levels[:2]), x
-
-    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, source: Any) -> Tensor:
-        """Goes the whole step from its start with the slope half-way (arXiv:2206.00927 algorithm 1)."""
-        return self._along(output, x, x0, levels[1], start, levels[2] - levels[0])
+    def _second(self, output: Tensor, x: Tensor, x0: Tensor, levels: tuple[float, float, float], source: Any) -> Tensor:
+        here, level, there = levels
+        return self._along(output, x, x0, level, self._start, (there - here) / (2 if self._half else 1))
 
     def _along(self, output: Tensor, x: Tensor, x0: Tensor, level: float, start: Any, step: float) -> Tensor:
         """Goes ``step`` in sigma from ``start`` with the slope that ``x`` has at ``level``."""
@@ -209,22 +196,13 @@ class TwoStageScheduler(ExplodingScheduler):
 class HeunDiscreteScheduler(TwoStageScheduler):
     """Heun's second-order method (arXiv:2206.00364 algorithm 1): the mean of the slopes at both ends of a step."""
 
+    _half = True
     predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
     config_keys = "BETAS prediction_type RAMPS clip_sample clip_sample_range SPACING"
     config_defaults = {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 
     set_timesteps_takes = "num_inference_steps=None, device=None, num_train_timesteps=None, timesteps=None, *, sigmas=None, mu=None"
-
-    def first(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, source: Any) -> Pair:
-        """Euler's step to the next level, and half of it, to which the other slope's half will be added."""
-        here, _, there = levels
-        return self._move(output, x, x0, here, there), self._move(output, x, x0, here, (here + there) / 2)
-
-    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, source: Any) -> Tensor:
-        """The other half of the step, with the slope at its end (arXiv:2206.00364 algorithm 1, line 7)."""
-        here, _, there = levels
-        return self._along(output, x, x0, there, start, (there - here) / 2)
 
 
 class KDPM2DiscreteScheduler(TwoStageScheduler):
@@ -237,7 +215,7 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
 
     set_timesteps_takes = "num_inference_steps=None, device=None, num_train_timesteps=None, *, timesteps=None, sigmas=None, mu=None"
 
-    def _levels_at(self, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _levels_at(self, stops: np.ndarray) -> Run:
         levels, times = super()._levels_at(stops)
         self._time_type = torch.float64 if self._ramp else torch.float32
         return levels, times.round() if self._ramp == "karras" else times  # as released pictures were made
@@ -252,7 +230,7 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
 class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
     """DPM-Solver-2 to the level ``next**2 / sigma``, from where noise leads back up: the geometric mean is the next level."""
 
-    step_takes = STOCHASTIC
+    step_takes = "generator=None"
 
     def _middle_times(self, sigmas: np.ndarray, timesteps: np.ndarray) -> np.ndarray:
         return self._times_of(sigmas[1:-1])
@@ -260,11 +238,11 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
     def _middle(self, here: float, there: float) -> float:
         return there
 
-    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, source: Any) -> Tensor:
-        """The midpoint rule (arXiv:2206.00927 algorithm 1) to the lower level, and noise."""
-        here, middle, there = levels
+    def _second(self, output: Tensor, x: Tensor, x0: Tensor, levels: tuple[float, float, float], source: Any) -> Tensor:
+        here, level, there = levels
         down = there**2 / here
-        return self._renoise(self._along(output, x, x0, middle, start, down - here), down, there, noise_like(output, source))
+        new = self._along(output, x, x0, level, self._start, down - here)
+        return self._renoise(new, down, there, noise_like(output, source))
 
 
 class LMSDiscreteScheduler(ExplodingScheduler):
@@ -273,7 +251,7 @@ class LMSDiscreteScheduler(ExplodingScheduler):
     predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
     config_keys = "BETAS RAMPS prediction_type SPACING"
-    step_takes = "model_output, timestep, sample, order=4, return_dict=True"
+    step_takes = "order=4"
 
     def update(self, output: Tensor, i: int, x: Tensor, order: int) -> Update:
         """Adams-Bashforth in sigma (arXiv:2206.00364 eq. 1)."""
@@ -296,13 +274,14 @@ class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
     _ends, _time_type = 1, torch.float64
 
     config_keys = "BETAS prediction_type RAMPS noise_sampler_seed SPACING"
-    step_takes = "model_output, timestep, sample, return_dict=True, s_noise=1.0, *, generator=None"
+    step_takes = "return_dict=True, s_noise=1.0, *, generator=None"
 
     def update(self, output: Tensor, i: int, x: Tensor, factor: float, generator: Generators) -> Update:  # type: ignore[override]
         if self._path is None:
             seed, ends = self.config["noise_sampler_seed"], (min(s for s in self._sigmas if s > 0), max(self._sigmas))
             self._path = BrownianNoise(x.to(output.dtype), *ends, seed=seed, generator=generator)
-        return super().update(output, i, x, factor)
+        self._factor = factor
+        return super().update(output, i, x)
 
     _levels_at = ExplodingScheduler._levels_at
 
@@ -310,17 +289,70 @@ class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
         low, high = torch.tensor((here, there)).log()
         return torch.lerp(low, high, 0.5).exp().item()
 
-    def first(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, source: Any) -> Pair:
-        """An ancestral step to the level of the second evaluation."""
-        return self._ancestral(x, x0, *levels[:2], source), x
+    def _second(self, output: Tensor, x: Tensor, x0: Tensor, levels: tuple[float, float, float], source: Any) -> Tensor:
+        return self._move(output, self._start, x0, levels[0], levels[2])
 
-    def second(self, output: Tensor, x: Tensor, x0: Tensor, levels: Levels, start: Tensor, source: Any) -> Tensor:
-        """An ancestral step from the start of the step, to the second denoised sample (arXiv:2211.01095 section 5)."""
-        return self._ancestral(start, x0, levels[0], levels[2], source)
-
-    def _ancestral(self, x: Tensor, x0: Tensor, here: float, there: float, factor: float) -> Tensor:
+    def _move(self, output: Tensor, x: Tensor, x0: Tensor, here: float, there: float) -> Tensor:
+        """An ancestral step (arXiv:2211.01095 section 5), but to zero noise."""
+        if not there:
+            return super()._move(output, x, x0, here, there)
         assert self._path is not None
         down = there**2 / here
         # The path is as rough as its time is exact: these are the times at which released pictures were made.
         ends = [torch.tensor(level).log().exp().item() for level in (here, there)]
-        return self._renoise(torch.lerp(x0, x, down / here), down, there, self._path(*ends), factor)
+        return self._renoise(torch.lerp(x0, x, down / here), down, there, self._path(*ends), self._factor)
+
+
+class EDMScheduler(SigmaScheduler):
+    """Base of EDM's schedulers (arXiv:2206.00364, table 1): ``x = x0 + sigma * noise`` with a network at unit variance.
+
+    ``x0 = c_skip * x + c_out * output``, the network's input is ``c_in * x``, and its time ``log(sigma) / 4``.
+    """
+
+    predictions: tuple[str, ...] = ("epsilon", "v_prediction")
+    config_defaults = {"sigma_min": 0.002, "sigma_max": 80.0}
+    _precision, _time_type = torch.float64, torch.float32  # of the levels as they are laid, and of what the network is told
+
+    def _build(self) -> None:
+        LevelScheduler._build(self)
+        self._spread = self.config["sigma_data"]
+        self._set_levels(*self._run_levels(len(self), None, None, None))
+
+    def _run_levels(self, count: Count, timesteps: Any, sigmas: Any, mu: float | None, train_steps: Count = None) -> Run:
+        """Lays out so many levels, or those at the places ``sigmas`` between ``sigma_max``, 0, and ``sigma_min``, 1."""
+        c, places = self.config, self._check_count(count) if sigmas is None else np.asarray(sigmas, np.float64)
+        if isinstance(places, np.ndarray) and (places.min() < 0 or places.max() > 1):
+            raise ValueError(f"sigmas={places.tolist()}: expected places between 0 (sigma_max) and 1 (sigma_min)")
+        levels = sigma_ramp(c["sigma_schedule"], c["sigma_max"], c["sigma_min"], places, c["rho"], self._precision)
+        return np.append(levels, levels[-1] if c["final_sigmas_type"] == "sigma_min" else 0.0), self._times_of(levels)
+
+    def _times_of(self, levels: np.ndarray) -> np.ndarray:
+        return np.log(levels) / 4
+
+    @property
+    def init_noise_sigma(self) -> float:  # type: ignore[override]
+        return math.sqrt(self.config["sigma_max"] ** 2 + 1)
+
+    def _coefficients(self, alpha: float, sigma: float) -> tuple[float, float]:
+        data = self.config["sigma_data"]
+        variance = sigma**2 + data**2
+        out = sigma * data / math.sqrt(variance)
+        return data**2 / variance, -out if self._kind == "v_prediction" else out
+
+
+class EDMEulerScheduler(EDMScheduler, EulerDiscreteScheduler):
+    """Euler's method with EDM's preconditioning and optional churn (arXiv:2206.00364 algorithm 2 without its correction)."""
+
+    config_keys = "EDM prediction_type rho final_sigmas_type"
+    step_takes = f"{CHURN}, return_dict=True, pred_original_sample=None"
+    set_timesteps_takes = "num_inference_steps=None, device=None, sigmas=None"
+
+    def _lay_out(self, num_inference_steps: Count, device: Device, sigmas: Any) -> None:  # type: ignore[override]
+        super()._lay_out(num_inference_steps if sigmas is None else None, device, None, sigmas)
+
+    def update(self, output: Tensor, i: int, x: Tensor, *more: Any) -> Update:
+        *churn, x0 = more
+        if x0 is None:
+            return super().update(output, i, x, *churn)
+        x, here = self._churn(x, i, x0.dtype, *churn)
+        return torch.lerp(x0.to(x.dtype), x, self._sigmas[i + 1] / here), x0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..random import Generators
-from .base import STOCHASTIC, Count, Device, Values
+from .base import Count, Device, Values
 from .euler import CHURN, ExplodingScheduler, HeunDiscreteScheduler
 from .noise import noise_like
 
@@ -53,21 +53,17 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
     """Euler's method for flow models."""
 
     config_keys = "SHIFTS stochastic_sampling"
-    step_takes = f"{CHURN}, per_token_timesteps=None, return_dict=True"
+    step_takes = f"{CHURN}, per_token_timesteps=None"
+    set_timesteps_takes = "num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None"
 
-    def set_timesteps(
-        self, num_inference_steps: Count = None, device: Device = None, sigmas: Values = None, mu: float | None = None,
-        timesteps: Values = None,
-    ) -> None:  # fmt: skip
+    def _lay_out(self, num_inference_steps: Count, device: Device, sigmas: Values, mu: Any, timesteps: Values) -> None:  # type: ignore[override]
         """Lays out a run of so many steps, or of given levels (without the one to end at), ``timesteps`` or both.
 
         ``mu`` has an effect with ``use_dynamic_shifting`` only: pipelines work it out for every model of a family.
         """
-        lengths = {len(given) for given in (sigmas, timesteps) if given is not None}
-        if num_inference_steps is None and not lengths:
-            raise ValueError("set_timesteps needs num_inference_steps, sigmas or timesteps")
-        if len(lengths | ({num_inference_steps} if num_inference_steps is not None else set())) > 1:
-            raise ValueError("num_inference_steps, sigmas and timesteps differ in length: pass one of them")
+        lengths = {num_inference_steps, *(len(given) for given in (sigmas, timesteps) if given is not None)} - {None}
+        if len(lengths) != 1:
+            raise ValueError("set_timesteps takes num_inference_steps, sigmas or timesteps, or several of them of one length")
         mu = mu if self.config["use_dynamic_shifting"] else None
         self._take(*self._flow_levels(num_inference_steps, timesteps, sigmas, mu), device)
 
@@ -90,7 +86,7 @@ class FlowMatchHeunDiscreteScheduler(FlowScheduler, HeunDiscreteScheduler):
     """Heun's method for flow models."""
 
     config_keys = "num_train_timesteps shift"
-    step_takes = f"{CHURN}, return_dict=True"
+    step_takes = CHURN
     set_timesteps_takes = "num_inference_steps=None, device=None, *, sigmas=None"
 
     def update(self, output: Tensor, i: int, x: Tensor, *churn: Any) -> Tensor:  # type: ignore[override]
@@ -103,7 +99,7 @@ class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
     """Consistency sampling for flow models: denoise, then noise anew to the next level (arXiv:2310.04378 algorithm 3)."""
 
     config_keys = "SHIFTS scale_factors upscale_mode"
-    step_takes = STOCHASTIC
+    step_takes = "generator=None"
 
     def set_scale_factors(self, scale_factors: list[float], upscale_mode: str) -> None:
         """Replaces the growth of the sample from step to step."""
@@ -125,18 +121,16 @@ class LTXEulerAncestralRFScheduler(FlowScheduler):
 
     config_keys = "num_train_timesteps eta s_noise"
     config_defaults = {"eta": 1.0}
-    step_takes = STOCHASTIC
+    step_takes = "generator=None"
+    set_timesteps_takes = "num_inference_steps=None, device=None, sigmas=None, timesteps=None, mu=None, **kwargs"
 
-    def set_timesteps(
-        self, num_inference_steps: Count = None, device: Device = None, sigmas: Values | Tensor = None,
-        timesteps: Values | Tensor = None, mu: float | None = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+    def _lay_out(self, num_inference_steps: Count, device: Device, sigmas: Any, timesteps: Any, mu: Any) -> None:  # type: ignore[override]
         """Lays out a run of so many steps, or of given levels, or ``timesteps`` that are levels, with the one to end at.
 
         ``mu`` and further arguments, which other schedulers take, have no effect here.
         """
         if (given := timesteps if sigmas is None else sigmas) is None:
-            self._lay_out(num_inference_steps, device)
+            super()._lay_out(num_inference_steps, device)
             return
         levels = np.asarray(given, dtype=np.float64)
         if levels.min() < 0 or levels.max() > 1:

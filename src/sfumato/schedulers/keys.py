@@ -19,7 +19,7 @@ class Key(NamedTuple):
 
     default: Any
     doc: str
-    choices: tuple[str, ...] = ()
+    choices: tuple[Any, ...] = ()
 
 
 KEYS: dict[str, Key] = {
@@ -76,8 +76,8 @@ KEYS: dict[str, Key] = {
     "euler_at_final": Key(False, "Take the last step at first order."),
     "disable_corrector": Key([], "Positions of steps that are not corrected."),
     "solver_p": Key(None, "Another scheduler that predicts in place of UniP."),
-    "predictor_order": Key(2, "Order of the Adams-Bashforth step, 1 to 4."),
-    "corrector_order": Key(2, "Order of the Adams-Moulton step, 1 to 4."),
+    "predictor_order": Key(2, "Order of the Adams-Bashforth step.", (1, 2, 3, 4)),
+    "corrector_order": Key(2, "Order of the Adams-Moulton step.", (1, 2, 3, 4)),
     "tau_func": Key(None, "Strength of the noise at a training step; by default 1 within 200..800, else 0."),
     "skip_prk_steps": Key(False, "Leave out the Runge-Kutta warm-up."),
     "noise_sampler_seed": Key(None, "Seed of the Brownian motion; without it `step` draws one from its generator."),
@@ -121,7 +121,7 @@ GROUPS = {
     "EDM": "sigma_min sigma_max sigma_data sigma_schedule num_train_timesteps",
 }
 """Keys that several classes take one after the other."""
-DOCS = {name: key.doc + (f" One of {', '.join(key.choices)}." if key.choices else "") for name, key in KEYS.items()}
+DOCS = {name: key.doc + (f" One of {', '.join(map(str, key.choices))}." if key.choices else "") for name, key in KEYS.items()}
 ARGUMENTS = {
     "model_output": ("Tensor", "``(B, C, ...)``, or ``(B, 2C, ...)`` with a learned variance."),
     "timestep": ("Time", "Of this step, an element of ``timesteps``; solvers on sigmas read it in a run's first step only."),
@@ -148,6 +148,7 @@ ARGUMENTS = {
     "timesteps": ("Values", "The run's times, descending (of consistency models places among the trained levels, 0 the noisiest)."),
     "sigmas": ("Values", "The run's noise levels, descending, with the level to end at unless they are a flow's."),
     "mu": ("float | None", "Logarithm of the shift of a flow's levels, with ``use_dynamic_shifting``."),
+    "kwargs": ("Any", "Arguments of other schedulers, without effect."),
     "num_train_timesteps": ("Count", "Number of training steps, in place of the configuration's."),
 }
 """Types and meanings of the arguments of ``step`` and ``set_timesteps``."""
@@ -185,9 +186,13 @@ def document(taken: inspect.Signature, docs: Mapping[str, str]) -> str:
 def method(name: str, takes: str) -> Callable[..., Any]:
     """Defines ``step`` or ``set_timesteps``, which ``takes`` parameters as a ``def`` has them and hands them on.
 
+    The output, the timestep and the sample, which begin every ``step``, and ``return_dict``, which ends it, go without saying.
     It is compiled, as a data class's constructor is: Python itself checks the arguments, and a call costs what any other does.
     """
-    names = [parameter.partition("=")[0] for parameter in takes.split(", ") if parameter != "*"]
+    if name == "step" and "sample" not in takes.split(", "):
+        last = "" if "return_dict" in takes else "return_dict=True"
+        takes = ", ".join(filter(None, ["model_output, timestep, sample", takes, last]))
+    names = [parameter.partition("=")[0] for parameter in takes.split(", ") if parameter[0] != "*"]
     common = ["model_output", "timestep", "sample", "return_dict"]
     given = {
         "step": f"_advance({', '.join(common + [word for word in names if word not in common])})",
@@ -197,5 +202,5 @@ def method(name: str, takes: str) -> Callable[..., Any]:
     exec(f"def {name}(self, {takes}):\n    return self.{given[name]}", scope)
     made = scope[name]
     made.__doc__ = f"{METHODS[name]}\n\n{document(inspect.signature(made), {k: doc for k, (_, doc) in ARGUMENTS.items()})}"
-    made.__annotations__ = {word: ARGUMENTS[word][0] for word in names}
+    made.__annotations__ = {word: ARGUMENTS[word][0] for word in made.__code__.co_varnames[1:]}
     return made

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import registry
 from ..errors import did_you_mean
-from .base import SchedulerMixin
+
+if TYPE_CHECKING:
+    from .base import SchedulerMixin
 
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,7 +49,11 @@ SPACINGS: dict[str, dict[str, Any]] = {
 
 
 def from_name(name: str, config: Mapping[str, Any] | None = None, **overrides: Any) -> SchedulerMixin:
-    """Builds the scheduler that another program calls ``name``; see :meth:`SchedulerMixin.from_name`."""
+    """Builds the scheduler that k-diffusion, ComfyUI or AUTOMATIC1111 calls ``name``: ``"DPM++ 2M Karras"``, ``"euler_a"``.
+
+    ``name`` is a sampler and, after it, a spacing of its levels, spelled freely (``dpmpp_2m_karras``), or a class name. The
+    configuration is ``config``, ``pipe.scheduler.config`` say, with ``overrides``. A ValueError lists the names that there are.
+    """
     own = f"{name.removesuffix('Scheduler')}Scheduler"
     if own in registry.PUBLIC:
         return registry.load(own).from_config(config or {}, **overrides)

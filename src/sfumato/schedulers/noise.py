@@ -1,4 +1,4 @@
-"""Noise tables and spacings: how much noise each training step holds, and at which of its levels a sampler stops.
+"""Noise tables and spacings: how much noise each training step holds, and at which of its levels a sampler stops; noise itself.
 
 Notation: ``alpha_bar`` is the share of signal variance left after a training step (DDPM's product of ``1 - beta``), and
 ``sigma = sqrt((1 - alpha_bar) / alpha_bar)`` the ratio of noise to signal.
@@ -6,7 +6,10 @@ Notation: ``alpha_bar`` is the share of signal variance left after a training st
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,13 +41,11 @@ def noise_like(sample: Tensor, generator: Generators, scale: float | Tensor = 1.
     return randn(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype) * scale
 
 
-def beta_table(
-    schedule: str, steps: int, start: float, end: float, trained: Any = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def beta_table(schedule: str, steps: int, start: float, end: float, trained: Any, dtype: torch.dtype) -> Tensor:
     """Returns the noise variance that each of ``steps`` training steps adds.
 
     The schedules are ``linear`` (arXiv:2006.11239), ``scaled_linear`` (linear in the square root, latent diffusion),
-    ``squaredcos_cap_v2`` (arXiv:2102.09672 eq. 17, without ``start`` and ``end``) and ``sigmoid`` (GeoDiff). In float32 by default:
+    ``squaredcos_cap_v2`` (arXiv:2102.09672 eq. 17, without ``start`` and ``end``) and ``sigmoid`` (GeoDiff). In float32:
     most models were trained with these rounded tables, and ``1 - alpha_bar`` near zero shows it. ``trained`` replaces the schedule.
     """
     if trained is not None:
@@ -52,7 +53,6 @@ def beta_table(
         if betas.ndim != 1 or len(betas) < steps:
             raise ConfigError(f"trained_betas has shape {tuple(betas.shape)}, expected num_train_timesteps={steps} numbers or more")
         return betas
-    one_of("beta_schedule", schedule, "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
     if schedule == "linear":
         return torch.linspace(start, end, steps, dtype=dtype)
     if schedule == "scaled_linear":
@@ -63,10 +63,19 @@ def beta_table(
     return torch.tensor(np.minimum(1 - signal[1:] / signal[:-1], 0.999), dtype=torch.float32)
 
 
-def zero_terminal(alpha_bar: Tensor) -> Tensor:
-    """Shifts and scales shares of signal variance so that the last step holds no signal (arXiv:2305.08891, algorithm 1)."""
-    root = alpha_bar.sqrt()
-    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+def noise_tables(betas: Tensor, shift: float, zero_snr: bool) -> tuple[Tensor, Tensor]:
+    """Returns the betas, and the shares of signal variance that are left after each training step.
+
+    ``shift`` divides the signal-to-noise ratio; with ``zero_snr`` the shares are shifted and scaled so that the last step holds no
+    signal (arXiv:2305.08891, algorithm 1).
+    """
+    alpha_bar = (1 - betas).cumprod(0)
+    alpha_bar = alpha_bar / (shift + (1 - shift) * alpha_bar)
+    if zero_snr:
+        root = alpha_bar.sqrt()
+        alpha_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+        betas = 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return betas, alpha_bar
 
 
 def integer_steps(spacing: str, count: int, steps: int, offset: int = 0, extra: int = 0, top: int | None = None) -> np.ndarray:
@@ -75,7 +84,6 @@ def integer_steps(spacing: str, count: int, steps: int, offset: int = 0, extra: 
     They are ``linspace`` (both ends), ``leading`` (multiples of a whole stride, plus ``offset``) or ``trailing`` (from the last
     down, the stride may be fractional), below ``top``. The former two lay out ``extra`` stops more and leave out the cleanest.
     """
-    one_of("timestep_spacing", spacing, "linspace", "leading", "trailing")
     top = steps if top is None else top
     if spacing == "trailing":
         return np.arange(top, 0, -steps / count).round() - 1
@@ -102,7 +110,7 @@ def sigma_ramp(
     They are ``karras`` (arXiv:2206.00364 eq. 5), ``exponential`` (uniform in log sigma, as is ``lu``, uniform in lambda,
     arXiv:2206.00927 section 3.4) or ``beta`` (quantiles of Beta(0.6, 0.6), arXiv:2407.12173).
     """
-    if name in ("exponential", "lu") and isinstance(places, int):
+    if name in ("exponential", "lu") and isinstance(places, int):  # rounded like published levels
         return torch.linspace(math.log(high), math.log(low), places, dtype=dtype).exp().numpy()
     place = torch.linspace(0, 1, places, dtype=dtype) if isinstance(places, int) else torch.as_tensor(places, dtype=dtype)
     if name in ("exponential", "lu"):
@@ -127,3 +135,74 @@ def sigmas_to_steps(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
 def shift_flow(sigmas: np.ndarray, shift: float) -> np.ndarray:
     """Moves flow sigmas in 0..1 towards noise for large pictures (arXiv:2403.03206 eq. 23)."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+DIGITS = 6
+"""Decimal places of the noise levels that are told apart."""
+
+
+class BrownianNoise:
+    """Standard normal noise from one Brownian motion over an interval of noise levels, which a seed fixes.
+
+    Each call reads an increment off a tree of Brownian bridges (arXiv:2105.13493 section 4): the increment of an interval is split
+    at its middle with noise from the node's own seed. The path is the one of torchsde's ``BrownianInterval`` with ``halfway_tree``.
+
+    Args:
+        like: Sample ``(B, ...)`` whose shape, device and precision the noise gets.
+        low, high: Smallest and largest level.
+        seed: Of the whole batch, or one per sample.
+        generator: Draws the seed where there is none: one, or one per sample; ``None`` for fresh entropy.
+    """
+
+    def __init__(
+        self, like: Tensor, low: float, high: float, *, seed: int | list[int] | None = None, generator: Generators = None
+    ) -> None:
+        given = generator if isinstance(generator, (list, tuple)) else [generator]
+        seeds = [_draw_seed(g) for g in given] if seed is None else seed if isinstance(seed, list) else [seed]
+        draw = functools.partial(_draw, like, seeds)
+        self._like, self._low, self._high = like, round(low, DIGITS), round(high, DIGITS)
+        self._whole = draw().mul_(math.sqrt(self._high - self._low))
+        self._halves = functools.lru_cache(maxsize=96)(functools.partial(_split, draw))  # all nodes on the way to two points
+
+    def __call__(self, start: float, end: float) -> Tensor:
+        """Returns the increment between two levels in the interval, in either order, over the root of their distance."""
+        low, high = (min(max(round(level, DIGITS), self._low), self._high) for level in sorted((start, end)))
+        if low == high:
+            return torch.zeros_like(self._like)
+        increment = self._increment(low, high, 0, 0, self._low, self._high, self._whole)
+        return increment * (math.copysign(1, end - start) / math.sqrt(abs(end - start)))
+
+    def _increment(self, low: float, high: float, index: int, depth: int, start: float, end: float, whole: Tensor) -> Tensor:
+        """Returns the increment between two levels within a node's interval, of which ``whole`` is the increment."""
+        if (low, high) == (start, end):
+            return whole
+        middle, left, right = self._halves(index, depth, start, end, whole)
+        first, second = (2 * index, depth + 1, start, middle, left), (2 * index + 1, depth + 1, middle, end, right)
+        if high <= middle:
+            return self._increment(low, high, *first)
+        if low >= middle:
+            return self._increment(low, high, *second)
+        return self._increment(low, middle, *first) + self._increment(middle, high, *second)
+
+
+def _split(
+    draw: Callable[..., Tensor], index: int, depth: int, start: float, end: float, whole: Tensor
+) -> tuple[float, Tensor, Tensor]:
+    """Returns the middle of a node's interval and the increments of both its halves: a Brownian bridge in the middle."""
+    middle, width = round((start + end) / 2, DIGITS), end - start
+    share = (middle - start) / width
+    left = draw(index, depth).mul_(math.sqrt(share * (1 - share) * width)).add_(whole, alpha=share)
+    return middle, left, whole - left
+
+
+def _draw(like: Tensor, seeds: list[int], *node: int) -> Tensor:
+    """Draws standard normal noise from a node's seeds, one for all samples or one each."""
+    states = [np.random.SeedSequence(seed, spawn_key=node, pool_size=24).generate_state(1)[0] for seed in seeds]
+    sources = [torch.Generator(like.device).manual_seed(int(state)) for state in states]
+    return randn(like.shape, generator=sources, device=like.device, dtype=like.dtype)
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
+    if generator is None:
+        return int.from_bytes(os.urandom(8), "little") >> 1
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
