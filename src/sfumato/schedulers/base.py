@@ -203,7 +203,7 @@ class SchedulerMixin(ConfigMixin):
         Of several the second counts (a run that begins there must not step twice), unless the schedule begins with it.
         """
         value = float(timestep)
-        found = [i for i, t in enumerate(self._times) if math.isclose(t, value, rel_tol=1e-6, abs_tol=1e-6)]
+        found = [i for i, t in enumerate(self._times) if t == value or math.isclose(t, value, rel_tol=1e-6, abs_tol=1e-6)]
         if not found:
             raise self._no_such(value)
         return found[1] if found[0] > 0 and len(found) > 1 else found[0]
@@ -373,7 +373,7 @@ class StepScheduler(LevelScheduler):
 
     def _build(self) -> None:
         super()._build()
-        self._alpha_bar = self._alpha_bar_table().tolist()
+        self._alpha_bar, self._betas = self._alpha_bar_table().tolist(), self.betas.tolist()
         self._final_alpha_bar = 1.0 if self._own("set_alpha_to_one", True) else self._alpha_bar[0]
         self._set_schedule(np.arange(len(self))[::-1])
 
@@ -383,7 +383,7 @@ class StepScheduler(LevelScheduler):
 
     def _training_step(self, timestep: Time) -> int:
         value = self._time(timestep)
-        if value != int(value) or not 0 <= value < len(self._alpha_bar):
+        if value != int(value) or not 0 <= value < len(self):
             raise ValueError(f"timestep={value:g}, expected a whole number in 0..{len(self) - 1}; pass one of scheduler.timesteps")
         return int(value)
 
@@ -418,6 +418,7 @@ class SigmaScheduler(LevelScheduler):
     _takes_times = True  # whether a run can be given its timesteps
     _spread: float | None = None  # standard deviation of the data, where the network takes samples at unit variance
     _ending = "zero"  # final_sigmas_type, where it is no key
+    _final_sigma = 0.0
     _respaces_flow = True  # whether a spacing of sigmas spaces a flow's own levels, else those of the table
 
     def _build(self) -> None:
@@ -530,15 +531,13 @@ class SigmaScheduler(LevelScheduler):
             levels = sigma_ramp(self._ramp, levels[0], levels[-1], len(levels))
         if c.get("invert_sigmas"):
             return np.append(1 - levels, 1.0), (1 - levels) * total
-        return np.append(levels, self._flow_end(levels)), levels * total if timesteps is None else np.asarray(timesteps, np.float64)
+        times = levels * total if timesteps is None else np.asarray(timesteps, np.float64)
+        return np.append(levels, levels[-1] if self._final_sigma else 0.0), times
 
     def _even_flow(self, count: int) -> np.ndarray:
         # The table's own end is shifted already, and is shifted again, as released models expect.
         end = np.float64(1 / len(self))
         return np.linspace(1.0, end if self.config.get("use_dynamic_shifting") else shift_flow(end, self._table_shift), count)
-
-    def _flow_end(self, levels: np.ndarray) -> float:
-        return 0.0
 
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         begun = self.begin_index if self.step_index is None else self.step_index

@@ -18,7 +18,7 @@ from ..outputs import BaseOutput
 from ..random import Generators
 from .base import Count, Device, SchedulerMixin, SigmaScheduler, StepScheduler, Time, Update, Values
 from .noise import given_steps, noise_like, one_source, sigma_ramp
-from .prediction import blend, denoised_coefficients, mix, noise_coefficients
+from .prediction import denoised_coefficients, mix, noise_coefficients
 
 
 @dataclass
@@ -51,7 +51,7 @@ class ConsistencyScheduler(SchedulerMixin):
         """Jumps to the clean sample and, unless it is the last step, back with noise (arXiv:2303.01469 algorithm 1)."""
         self._count()
         x0, levels = self._jump(output, i, x), self._next_level(i)
-        new = x0 if levels is None else blend((1.0, levels[0]), (noise_like(output, generator, levels[1]), x0))
+        new = x0 if levels is None else torch.add(noise_like(output, generator, levels[1]), x0, alpha=levels[0])
         return new, x0 if self._tells_denoised else None
 
 
@@ -137,7 +137,7 @@ class TCDScheduler(DistilledScheduler):
         noised = mix((own, of_output), x, output)
         if not eta or i + 1 == len(self._times):
             return noised, noised
-        return blend((1.0, math.sqrt(kept)), (noise_like(output, generator, math.sqrt(1 - kept)), noised)), noised
+        return torch.add(noise_like(output, generator, math.sqrt(1 - kept)), noised, alpha=math.sqrt(kept)), noised
 
 
 class CMStochasticIterativeScheduler(ConsistencyScheduler, SigmaScheduler):
@@ -197,24 +197,20 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler, StepScheduler):
         if len(self) <= 1008:
             raise ConfigError(f"num_train_timesteps={len(self)}, expected 1024: the decoder steps from 1008 to 512")
         super()._build()
-        self.init_noise_sigma = self._signal_noise(1008)[1]
+        self.init_noise_sigma, data = self._signal_noise(1008)[1], self.config["sigma_data"]
+        levels = [(signal, noise / signal) for signal, noise in map(self._signal_noise, (1008, 512))]
+        self._stages = [(s, sigma, math.hypot(sigma, data)) for s, sigma in levels]  # and the deviation of x / signal
 
     def _stops(self, count: int) -> np.ndarray:
         return np.array([1008, 512])
 
-    def _deviation(self, timestep: Time | None) -> tuple[float, float, float]:
-        """Returns signal, noise-to-signal ratio and total deviation of ``x / signal`` at a timestep."""
-        signal, noise = self._signal_noise(int(self._time(timestep)))  # type: ignore[arg-type]
-        return signal, noise / signal, math.hypot(noise / signal, self.config["sigma_data"])
-
     def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
-        signal, _, deviation = self._deviation(timestep)
+        signal, _, deviation = self._stages[self._position(timestep)]
         return sample * (1 / (signal * deviation))
 
     def _jump(self, output: Tensor, i: int, x: Tensor) -> Tensor:
         """The consistency function (arXiv:2303.01469 eq. 5 and appendix C) of a sample in variance-preserving form."""
-        signal, sigma, deviation = self._deviation(self._times[i])
-        data = self.config["sigma_data"]
+        (signal, sigma, deviation), data = self._stages[i], self.config["sigma_data"]
         return mix(((data / deviation) ** 2 / signal, data * sigma / deviation), x, output)
 
     def _next_level(self, i: int) -> tuple[float, float] | None:

@@ -26,9 +26,6 @@ class DDPMScheduler(StepScheduler):
 
     config_keys = "BETAS variance_type clip_sample prediction_type BOUNDS SPACING rescale_betas_zero_snr"
     config_defaults = {"variance_type": "fixed_small", "timestep_spacing": "leading"}
-    _variances = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
-    config_choices = {"variance_type": (*_variances, None)}
-
     step_takes = "generator=None"
     set_timesteps_takes = "num_inference_steps=None, device=None, timesteps=None"
 
@@ -40,11 +37,12 @@ class DDPMScheduler(StepScheduler):
         """Posterior mean (eq. 7) plus noise; the step to zero draws none."""
         if following is None and (following := self._following.get(t)) is None:
             raise self._no_such(t)
+        step = alpha_bar, previous, beta = self._step(t, following)
         output, predicted = split_variance(output, x.shape[1], self.config["variance_type"])
-        weights, x0 = self._mean(output, t, following, x)
+        weights, x0 = self._mean(output, x, *step)
         if not t:
             return mix(weights, x0, x), x0
-        deviation = self._deviation(t, following, predicted)
+        deviation = self._deviation(max((1 - previous) / (1 - alpha_bar) * beta, 1e-20), beta, predicted)
         return blend((1.0, *weights), (noise_like(output, generator, deviation), x0, x)), x0
 
     def _step(self, t: int, following: int) -> tuple[float, float, float]:
@@ -52,16 +50,14 @@ class DDPMScheduler(StepScheduler):
         alpha_bar, previous = self._alpha_bar[t], self._alpha_bar_at(following)
         return alpha_bar, previous, 1 - alpha_bar / previous
 
-    def _mean(self, output: Tensor, t: int, following: int, x: Tensor) -> tuple[tuple[float, float], Tensor]:
+    def _mean(self, output: Tensor, x: Tensor, alpha_bar: float, previous: float, beta: float) -> tuple[Any, Tensor]:
         """Returns the posterior's mean (eq. 7) as weights of the denoised sample and of ``x``, and the former."""
-        alpha_bar, previous, beta = self._step(t, following)
         weights = math.sqrt(previous) * beta / (1 - alpha_bar), math.sqrt(1 - beta) * (1 - previous) / (1 - alpha_bar)
         return weights, self._denoise(output, x, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
 
-    def _deviation(self, t: int, following: int, predicted: Tensor | None) -> Tensor | float:
+    def _deviation(self, small: float, large: float, predicted: Tensor | None) -> Tensor | float:
         """Returns the standard deviation of the noise, between the posterior's variance and beta."""
-        kind, (alpha_bar, previous, large) = self.config["variance_type"], self._step(t, following)
-        small = max((1 - previous) / (1 - alpha_bar) * large, 1e-20)
+        kind = self.config["variance_type"]
         if kind not in ("learned", "learned_range"):
             return math.sqrt(large if kind in ("fixed_large", "fixed_large_log") else small)
         if predicted is None:
@@ -209,7 +205,7 @@ class DDPMParallelScheduler(DDPMScheduler):
         stride, channels = self._stride(), sample.shape[1]  # one even stride, whatever the spacing
 
         def mean(output: Tensor, t: int, x: Tensor) -> Tensor:
-            weights, x0 = self._mean(output[:, :channels], t, t - stride, x)
+            weights, x0 = self._mean(output[:, :channels], x, *self._step(t, t - stride))
             return mix(weights, x0, x)
 
         return _each(mean, model_output, timesteps, sample)
@@ -267,15 +263,17 @@ class RePaintScheduler(DDIMScheduler):
 
     def update(self, output: Tensor, t: int, x: Tensor, picture: Tensor, mask: Tensor, generator: Generators) -> Update:  # type: ignore[override]
         """Eqs. 8b (DDIM's step) outside the known region and 8a within, put together by eq. 8c."""
-        noise, eta, previous = noise_like(output, generator), self.config["eta"], self._move(t)[1]
+        eta, previous = self.config["eta"], self._move(t)[1]
+        spread = math.sqrt(1 - previous)
+        noise = noise_like(output, generator, 1.0 if eta else spread)  # the unknown region needs the noise itself
         unknown, x0 = super().update(output, t, x, eta, False, None, noise if eta else None)
-        known = mix((math.sqrt(previous), math.sqrt(1 - previous)), wide(picture), noise)
+        known = blend((spread if eta else 1.0, math.sqrt(previous)), (noise, wide(picture)))
         return torch.lerp(unknown, known, mask.to(unknown)), x0
 
     def undo_step(self, sample: Tensor, timestep: Time, generator: Generators = None) -> Tensor:
         """Noises the sample up from ``timestep`` by one step of the run, through each training step (arXiv:2006.11239 eq. 2)."""
         t, x = self._training_step(timestep), wide(sample)
-        for beta in self.betas[t : t + self._stride()].tolist():
+        for beta in self._betas[t : t + self._stride()]:
             x = mix((math.sqrt(1 - beta), math.sqrt(beta)), x, noise_like(sample, generator))
         return x.to(sample.dtype)
 
@@ -303,8 +301,8 @@ class UnCLIPScheduler(DDPMScheduler):
     def _step(self, t: int, following: int) -> tuple[float, float, float]:
         # The variance in float32, as published samples were made: at the clean end it shows.
         alpha_bar, previous, _ = super()._step(t, following)
-        between = 1 - np.float32(alpha_bar) / np.float32(previous)
-        return alpha_bar, previous, self.betas[t].item() if following == t - 1 else float(between)
+        between = self._betas[t] if following == t - 1 else float(1 - np.float32(alpha_bar) / np.float32(previous))
+        return alpha_bar, previous, between
 
 
 class DDPMWuerstchenScheduler(LevelScheduler):

@@ -28,6 +28,7 @@ class LogSnrScheduler(SigmaScheduler):
 
     predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction", "flow_prediction")
     set_timesteps_takes = "num_inference_steps=None, device=None"
+    _form: str  # how the second moment is approximated, if it is
     _on_denoised = True  # extrapolate the denoised sample, else the noise
     _tau2 = 0.0  # square of the noise's strength
 
@@ -41,6 +42,7 @@ class LogSnrScheduler(SigmaScheduler):
         self._ramp = self._ramp or ("lu" if self._own("use_lu_lambdas", False) else None)
         self._takes_times = not (self._ramp or self.is_flow)
         self._euler_at_final = self._own("euler_at_final", False)
+        self._form = self._own("solver_type", "bh1" if self._on_denoised else "exact")
 
     def _adopt(self, key: str, related: tuple[str, ...], *own: str) -> str:
         """Returns a valid value of ``key``; the first of ``own`` stands for those that related solvers call otherwise."""
@@ -86,9 +88,6 @@ class LogSnrScheduler(SigmaScheduler):
     def _even_flow(self, count: int) -> np.ndarray:
         return 1 - np.linspace(1.0, 1 / len(self), count + 1)[:0:-1]
 
-    def _flow_end(self, levels: np.ndarray) -> float:
-        return float(levels[-1]) if self._final_sigma else 0.0
-
     def _convert(self, output: Tensor, i: int, x: Tensor) -> Tensor:
         """Returns what the solver extrapolates: the denoised sample, or the noise."""
         if output.shape[1] != x.shape[1]:
@@ -112,7 +111,7 @@ class LogSnrScheduler(SigmaScheduler):
             return 1
         return min(len(self._history) + 1, self.config["solver_order"], left if lowered and left == 2 else 3)
 
-    def _moments(self, gain: float, z: float, count: int, tau2: float) -> list[float]:
+    def _moments(self, gain: float, z: float, count: int, tau2: float, form: str) -> list[float]:
         """Returns ``gain * z`` times the integrals over 0..1 of ``exp(z * (1 - r)) * r**k``, ``k < count``.
 
         They are exponential integrators' phi functions (arXiv:2206.00927 appendix B); published solvers replace some of them.
@@ -120,12 +119,9 @@ class LogSnrScheduler(SigmaScheduler):
         moments = [gain * math.expm1(z)]
         for k in range(1, count):
             moments.append(k * moments[-1] / z - gain)
-        if count == 2 and (form := self._form()) in ("midpoint", "bh2", "bh1"):
+        if count == 2 and form in ("midpoint", "bh2", "bh1"):
             moments[1] = (gain * z if form == "bh1" else moments[0]) / 2
         return moments
-
-    def _form(self) -> str:
-        return self.config["solver_type"]
 
     def _transfer(
         self, i: int, x: Tensor, start: int, to: int, count: int, noise: Tensor | None = None, tau2: float = 0.0, stride: int = 1
@@ -146,7 +142,8 @@ class LogSnrScheduler(SigmaScheduler):
             keep, gain, z, fresh = alpha_t / alpha_s, -sigma_t * (1 + tau2), h, tau2 * math.expm1(2 * h)
         places = range(i, i - count * stride, -stride)
         nodes = [0.0 if place == start else (self._log_snr(place) - base) / h for place in places]
-        weights = polynomial_weights(nodes, self._moments(gain, z, count, tau2))
+        moments = self._moments(gain, z, count, tau2, self._form if stride == 1 else "exact")
+        weights = polynomial_weights(nodes, moments)
         new = blend((keep, *weights), (x, *self._history[: count * stride : stride]))
         return new if noise is None else new.add_(noise, alpha=sigma_t * math.sqrt(fresh))
 
@@ -178,8 +175,8 @@ class DPMSolverScheduler(LogSnrScheduler):
             noise = noise_like(x.float(), generator)
         return self._solve(output, i, x, noise if self._tau2 else None)
 
-    def _moments(self, gain: float, z: float, count: int, tau2: float) -> list[float]:
-        moments = super()._moments(gain, z, count, tau2)
+    def _moments(self, gain: float, z: float, count: int, tau2: float, form: str) -> list[float]:
+        moments = super()._moments(gain, z, count, tau2, form)
         if count == 3:
             # The published solver's quadratic term is half of the exact one, and as an SDE has another sign inside.
             moments[2] = moments[2] / 2 + (gain if tau2 else 0.0)
@@ -245,11 +242,8 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
         count, stride = (2, 2) if order == 3 and self.config["solver_type"] == "midpoint" else (order, 1)
         return self._transfer(i, self._start, i - order + 1, i + 1, count, noise, self._tau2, stride)
 
-    def _form(self) -> str:
-        return self.config["solver_type"] if len(self._history) == 2 else "exact"
-
-    def _moments(self, gain: float, z: float, count: int, tau2: float) -> list[float]:
-        moments = LogSnrScheduler._moments(self, gain, z, count, tau2)
+    def _moments(self, gain: float, z: float, count: int, tau2: float, form: str) -> list[float]:
+        moments = LogSnrScheduler._moments(self, gain, z, count, tau2, form)
         if count == 3 and tau2:
             moments[2] += 2 * gain  # as in the published SDE
         return moments
@@ -354,9 +348,6 @@ class SASolverScheduler(LogSnrScheduler):
         tau2 = float(200 <= self._times[i] <= 800) if tau is None else float(tau(self._times[i])) ** 2
         self._start = x, min(c["corrector_order"], left + 1, len(self._history) + 1), tau2, noise
         return self._transfer(i, x, i, i + 1, order, noise, tau2)
-
-    def _form(self) -> str:
-        return "bh1" if self._on_denoised else "exact"  # as in the published solver, for few steps
 
 
 class EDMDPMSolverMultistepScheduler(DPMSolverScheduler, EDMScheduler):

@@ -70,7 +70,8 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
     def update(self, output: Tensor, i: int, x: Tensor, *more: Any) -> Tensor:
         """Euler's step along the prediction, or with fresh noise in place of the old (arXiv:2210.02747)."""
         *churn, times = more  # its last is the generator
-        self._churn(x, i, x.dtype, *churn)  # which flows refuse
+        if churn[0] > 0:
+            self._churn(x, i, x.dtype, *churn)  # which flows refuse
         levels: Any = self._sigmas[i : i + 2]
         here, there = levels
         if times is not None:

@@ -22,6 +22,7 @@ class Key(NamedTuple):
     choices: tuple[Any, ...] = ()
 
 
+VARIANCES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 KEYS: dict[str, Key] = {
     "num_train_timesteps": Key(1000, "Steps, or levels, that the model was trained with."),
     "beta_start": Key(0.0001, "Variance of the noise that the first training step adds."),
@@ -39,7 +40,7 @@ KEYS: dict[str, Key] = {
     "dynamic_thresholding_ratio": Key(0.995, "Quantile of its magnitudes that becomes 1."),
     "sample_max_value": Key(1.0, "Bound of the threshold."),
     "set_alpha_to_one": Key(True, "The run ends at the clean sample (backwards: begins), else at the level of training step 0."),
-    "variance_type": Key(None, "Variance of the added noise; with `learned` ones the network appends as many channels."),
+    "variance_type": Key(None, "Variance of the added noise; with `learned` ones the network appends as many channels.", VARIANCES),
     "timestep_spacing": Key("linspace", "Where a run stops (arXiv:2305.08891, table 2).", ("linspace", "leading", "trailing")),
     "steps_offset": Key(0, "Added to the stops of `leading`."),
     "interpolation_type": Key("linear", "Interpolate the sigmas at the stops, or even in logarithm.", ("linear", "log_linear")),

@@ -104,4 +104,4 @@ def split_variance(output: Tensor, channels: int, variance_type: str | None) -> 
 
 def wide(sample: Tensor) -> Tensor:
     """Returns the sample in at least float32, in which all solvers calculate."""
-    return sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
+    return sample.float() if sample.dtype in (torch.bfloat16, torch.float16) else sample

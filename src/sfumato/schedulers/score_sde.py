@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..outputs import BaseOutput
-from ..random import Generators, randn
+from ..random import Generators
 from .base import Device, SchedulerMixin, SchedulerOutput, StepResult, Time
 from .noise import noise_like
 
@@ -57,8 +57,8 @@ class KarrasVeScheduler(SchedulerMixin):
         c, sigma = self.config, float(sigma)
         churn = min(c["s_churn"] / self._count(), math.sqrt(2) - 1) if c["s_min"] <= sigma <= c["s_max"] else 0.0
         raised = sigma * (1 + churn)
-        noise = randn(sample.shape, generator=generator, device=sample.device)
-        return torch.add(sample, noise, alpha=c["s_noise"] * math.sqrt(raised**2 - sigma**2)), raised
+        noise = noise_like(sample.float(), generator, c["s_noise"] * math.sqrt(raised**2 - sigma**2))
+        return sample + noise, raised
 
     def step(  # type: ignore[override]
         self, model_output: Tensor, sigma_hat: float, sigma_prev: float, sample_hat: Tensor, return_dict: bool = True

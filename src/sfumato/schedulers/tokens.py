@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..random import Generators, categorical, rand
-from .base import Device, SchedulerMixin, SchedulerOutput, StepResult, Time
+from .base import Device, SchedulerMixin, SchedulerOutput, StepResult, StepScheduler, Time
 
 
 class VQDiffusionScheduler(SchedulerMixin):
@@ -21,7 +21,9 @@ class VQDiffusionScheduler(SchedulerMixin):
 
     config_keys = "num_vec_classes num_train_timesteps alpha_cum_start alpha_cum_end gamma_cum_start gamma_cum_end"
     config_defaults = {"num_train_timesteps": 100}
+    step_takes = "generator=None"
     _most = 0
+    _position = StepScheduler._position
 
     def _build(self) -> None:
         c, total = self.config, len(self)
@@ -38,20 +40,15 @@ class VQDiffusionScheduler(SchedulerMixin):
         self.mask_class = tokens
         self._set_schedule(np.arange(total)[::-1])
 
-    def step(
-        self, model_output: Tensor, timestep: Time, sample: Tensor, generator: Generators = None, return_dict: bool = True
-    ) -> StepResult:
+    def update(self, output: Tensor, t: int, tokens: Tensor, generator: Generators) -> Tensor:
         """Draws the tokens of the step before, with the Gumbel trick (section 3.2).
 
-        ``model_output`` holds the logarithms of the clean tokens' probabilities, ``(B, classes - 1, N)``; ``sample`` is int64
-        ``(B, N)``. See :meth:`SchedulerMixin.step`.
+        ``output`` holds the logarithms of the clean tokens' probabilities, ``(B, classes - 1, N)``; ``tokens`` is int64 ``(B, N)``.
         """
-        t = int(self._time(timestep))
-        log_p = self.q_posterior(model_output, sample, t) if t else model_output
+        log_p = self.q_posterior(output, tokens, t) if t else output
         uniform = rand(log_p.shape, generator=generator, device=log_p.device)
         gumbel = uniform.add_(1e-30).log_().neg_().add_(1e-30).log_()
-        tokens = (log_p - gumbel).argmax(1)
-        return SchedulerOutput(tokens) if return_dict else (tokens,)
+        return (log_p - gumbel).argmax(1)
 
     def q_posterior(self, log_p_x_0: Tensor, x_t: Tensor, t: Time) -> Tensor:
         """Returns the logarithms of the probabilities of the tokens one step before (eqs. 8 and 11), ``(B, classes, N)``.
