@@ -11,8 +11,7 @@ import torchsde
 from diffusers.utils.torch_utils import randn_tensor
 
 import sfumato.schedulers as schedulers
-from sfumato.random import randn
-from sfumato.schedulers.noise import BrownianNoise
+from sfumato.random import BrownianNoise, randn
 
 SPREAD = 0.7
 """Standard deviation of the data. For normal data the perfect network and the exact path of every sample are known."""

@@ -116,7 +116,9 @@ class SchedulerMixin(ConfigMixin):
             __init__.__signature__ = taken  # type: ignore[attr-defined]
             cls.__init__ = __init__  # type: ignore[method-assign]
             cls.__doc__ = f"{cls.__doc__}\n\n{document(taken, DOCS)}"
-        _define(cls)
+        for name in METHODS:
+            if f"{name}_takes" in cls.__dict__:
+                setattr(cls, name, method(name, cls.__dict__[f"{name}_takes"]))
         super().__init_subclass__(**kwargs)
 
     def _build(self) -> None:
@@ -302,14 +304,8 @@ class SchedulerMixin(ConfigMixin):
         return (there,) if x0 is None else (there, x0)
 
 
-def _define(cls: type[SchedulerMixin]) -> None:
-    """Gives a class the methods whose arguments it lists."""
-    for name in METHODS:
-        if f"{name}_takes" in cls.__dict__:
-            setattr(cls, name, method(name, cls.__dict__[f"{name}_takes"]))
-
-
-_define(SchedulerMixin)
+SchedulerMixin.step = method("step", SchedulerMixin.step_takes)
+SchedulerMixin.set_timesteps = method("set_timesteps", SchedulerMixin.set_timesteps_takes)
 Scheduler = SchedulerMixin  # as users call it: ``Scheduler.from_name("dpmpp_2m_karras")``
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..outputs import BaseOutput
-from ..random import Generators
+from ..random import Generators, noise_like
 from .base import Count, Device, SchedulerMixin, SigmaScheduler, StepScheduler, Time, Update, Values
-from .noise import given_steps, noise_like, one_source, sigma_ramp
+from .noise import given_steps, one_source, sigma_ramp
 from .prediction import denoised_coefficients, mix, noise_coefficients
 
 
@@ -129,7 +129,7 @@ class TCDScheduler(DistilledScheduler):
         self._count()
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta}, expected 0 (no fresh noise) to 1 (all noise fresh)")
-        t, following = int(self._times[i]), int([*self._times, 0][i + 1])
+        t, following = int(self._times[i]), int(self._times[i + 1]) if i + 1 < len(self._times) else 0
         beyond = self._alpha_bar[int((1 - eta) * following)]
         levels, kept = self._signal_noise(t), self._alpha_bar[following] / beyond
         parts = denoised_coefficients(self._kind, *levels), noise_coefficients(self._kind, *levels)
@@ -197,21 +197,20 @@ class ConsistencyDecoderScheduler(ConsistencyScheduler, StepScheduler):
         if len(self) <= 1008:
             raise ConfigError(f"num_train_timesteps={len(self)}, expected 1024: the decoder steps from 1008 to 512")
         super()._build()
-        self.init_noise_sigma, data = self._signal_noise(1008)[1], self.config["sigma_data"]
-        levels = [(signal, noise / signal) for signal, noise in map(self._signal_noise, (1008, 512))]
-        self._stages = [(s, sigma, math.hypot(sigma, data)) for s, sigma in levels]  # and the deviation of x / signal
+        self.init_noise_sigma = self._signal_noise(1008)[1]
 
     def _stops(self, count: int) -> np.ndarray:
         return np.array([1008, 512])
 
     def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
-        signal, _, deviation = self._stages[self._position(timestep)]
-        return sample * (1 / (signal * deviation))
+        signal, noise = self._signal_noise(int(self._times[self._position(timestep)]))
+        return sample * (1 / math.hypot(noise, signal * self.config["sigma_data"]))
 
     def _jump(self, output: Tensor, i: int, x: Tensor) -> Tensor:
         """The consistency function (arXiv:2303.01469 eq. 5 and appendix C) of a sample in variance-preserving form."""
-        (signal, sigma, deviation), data = self._stages[i], self.config["sigma_data"]
-        return mix(((data / deviation) ** 2 / signal, data * sigma / deviation), x, output)
+        (signal, noise), data = self._signal_noise(int(self._times[i])), self.config["sigma_data"]
+        total = math.hypot(noise, signal * data)
+        return mix(((data / total) ** 2 * signal, data * noise / total), x, output)
 
     def _next_level(self, i: int) -> tuple[float, float] | None:
         return None if i else self._signal_noise(512)
@@ -238,16 +237,16 @@ class SCMScheduler(ConsistencyScheduler):
         """
         count = self._check_count(num_inference_steps)
         one_source(timesteps=timesteps, max_timesteps=max_timesteps)
-        middle = intermediate_timesteps
         if timesteps is not None and len(timesteps) != count + 1:
             raise ValueError(f"num_inference_steps={count}, expected one less than there are timesteps")
-        if middle is not None and (count != 2 or timesteps is not None):
-            raise ValueError(f"intermediate_timesteps={middle} is for num_inference_steps=2 without timesteps: set it to None")
+        if intermediate_timesteps is not None and (count != 2 or timesteps is not None):
+            given = f"intermediate_timesteps={intermediate_timesteps}"
+            raise ValueError(f"{given} is for num_inference_steps=2 without timesteps: set it to None")
         if timesteps is not None:
             times = np.array(torch.as_tensor(timesteps).tolist())
         else:
             times = np.linspace(float(max_timesteps or 0), 0, count + 1)
-            times[1] = times[1] if middle is None else middle
+            times[1] = times[1] if intermediate_timesteps is None else intermediate_timesteps
         self.num_inference_steps, self._time_type = count, torch.float32
         self._set_schedule(times, device)
         self._ends, self._times = self._times[1:], self._times[:-1]

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..random import Generators
+from ..random import Generators, noise_like
 from .base import Count, Device, LevelScheduler, SchedulerMixin, StepScheduler, Time, Update, Values
-from .noise import noise_like, one_source
-from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance, wide
+from .noise import one_source
+from .prediction import blend, log_snr, mix, noise_coefficients, polynomial_weights, split_variance, wide
 
 
 class DDPMScheduler(StepScheduler):
@@ -380,18 +380,12 @@ class CogVideoXDPMScheduler(CogVideoXDDIMScheduler):
             raise ValueError("eta and variance_noise are not for CogVideoX's schedulers: leave them out and pass a generator")
         alpha_bar, previous = self._move(t)
         x0 = slope = self._denoise(output, x, *self._signal_noise(t))
-        h = _log_snr(previous) - _log_snr(alpha_bar)
+        here = log_snr(alpha_bar, 1 - alpha_bar) / 2
+        h = log_snr(previous, 1 - previous) / 2 - here
         keep, fresh = math.sqrt((1 - previous) / (1 - alpha_bar)) * math.exp(-h), -math.expm1(-2 * h)
         noise = noise_like(output, generator, deviation := math.sqrt((1 - previous) * fresh))
         if last is not None and timestep_back is not None and t >= self._stride():
             noise = noise_like(output, generator, deviation)  # of two draws the second counts
             back = self._alpha_bar[self._training_step(timestep_back)]
-            slope = torch.lerp(wide(last), x0, 1 + h / (2 * (_log_snr(alpha_bar) - _log_snr(back))))
+            slope = torch.lerp(wide(last), x0, 1 + h / (2 * here - log_snr(back, 1 - back)))
         return blend((1.0, keep, math.sqrt(previous) * fresh), (noise, x, slope)), x0
-
-
-def _log_snr(alpha_bar: float) -> float:
-    """Returns half the logarithm of the signal-to-noise ratio, infinite where there is none of either."""
-    if alpha_bar in (0.0, 1.0):
-        return math.inf if alpha_bar else -math.inf
-    return math.log(alpha_bar / (1 - alpha_bar)) / 2

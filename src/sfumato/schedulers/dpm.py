@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..random import Generators
+from ..random import BrownianNoise, Generators, noise_like
 from .base import Count, Device, LevelScheduler, Run, SigmaScheduler, StepScheduler, Values
 from .euler import EDMScheduler
-from .noise import BrownianNoise, integer_steps, noise_like, one_of, sigmas_to_steps
-from .prediction import blend, mix, noise_coefficients, polynomial_weights, split_variance
+from .noise import integer_steps, one_of, sigmas_to_steps
+from .prediction import blend, log_snr, mix, noise_coefficients, polynomial_weights, split_variance
 
 
 class LogSnrScheduler(SigmaScheduler):
@@ -59,8 +59,7 @@ class LogSnrScheduler(SigmaScheduler):
 
     def _log_snr(self, i: int) -> float:
         """Returns ``lambda`` at a position of the run, infinite where no noise is left."""
-        alpha, sigma = self._signal_noise(self._sigmas[i])
-        return math.log(alpha) - math.log(sigma) if sigma > 0 else math.inf
+        return log_snr(*self._signal_noise(self._sigmas[i]))
 
     def _run_levels(self, count: Count, timesteps: Any, sigmas: Any, mu: float | None, train_steps: Count = None) -> Run:
         if sigmas is not None and not self.is_flow:
@@ -154,6 +153,8 @@ class DPMSolverScheduler(LogSnrScheduler):
     step_takes = "generator=None"
     set_timesteps_takes = "num_inference_steps=None, device=None, mu=None, timesteps=None, *, sigmas=None"
     _algorithms: tuple[str, ...] = ("dpmsolver++", "dpmsolver", "sde-dpmsolver", "sde-dpmsolver++")
+    # The published quadratic term is half of the exact one, and as an SDE has another sign inside.
+    _third = 0.5, 1.0
 
     def _build(self) -> None:
         self._read_solver()
@@ -178,8 +179,8 @@ class DPMSolverScheduler(LogSnrScheduler):
     def _moments(self, gain: float, z: float, count: int, tau2: float, form: str) -> list[float]:
         moments = super()._moments(gain, z, count, tau2, form)
         if count == 3:
-            # The published solver's quadratic term is half of the exact one, and as an SDE has another sign inside.
-            moments[2] = moments[2] / 2 + (gain if tau2 else 0.0)
+            factor, as_sde = self._third
+            moments[2] = factor * moments[2] + (as_sde * gain if tau2 else 0.0)
         return moments
 
 
@@ -214,6 +215,7 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
     """Singlestep DPM-Solver and DPM-Solver++: as many entries of the schedule as the order make one step, which sets out anew."""
 
     _algorithms = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++")
+    _third = 1.0, 2.0
 
     config_keys = "MULTISTEP RAMPS FLOW final_sigmas_type CUT DYNAMIC"
     config_defaults = {"lower_order_final": False}
@@ -241,12 +243,6 @@ class DPMSolverSinglestepScheduler(DPMSolverScheduler):
         # The published third order uses its last slope alone.
         count, stride = (2, 2) if order == 3 and self.config["solver_type"] == "midpoint" else (order, 1)
         return self._transfer(i, self._start, i - order + 1, i + 1, count, noise, self._tau2, stride)
-
-    def _moments(self, gain: float, z: float, count: int, tau2: float, form: str) -> list[float]:
-        moments = LogSnrScheduler._moments(self, gain, z, count, tau2, form)
-        if count == 3 and tau2:
-            moments[2] += 2 * gain  # as in the published SDE
-        return moments
 
 
 class DEISMultistepScheduler(LogSnrScheduler):

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..random import Generators, randn
+from ..random import BrownianNoise, Generators, noise_like, randn
 from .base import Count, Device, LevelScheduler, Run, SigmaScheduler, Time, Update
-from .noise import BrownianNoise, noise_like, shift_flow, sigma_ramp
+from .noise import shift_flow, sigma_ramp
 from .prediction import blend, polynomial_weights
 
 CHURN = "s_churn=0.0, s_tmin=0.0, s_tmax=inf, s_noise=1.0, generator=None"

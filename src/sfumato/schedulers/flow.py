@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..random import Generators
+from ..random import Generators, noise_like
 from .base import Count, Device, Values
 from .euler import CHURN, ExplodingScheduler, HeunDiscreteScheduler
-from .noise import noise_like
 
 
 class FlowScheduler(ExplodingScheduler):

@@ -177,11 +177,8 @@ def signature(names: str, defaults: Mapping[str, Any]) -> inspect.Signature:
 
 def document(taken: inspect.Signature, docs: Mapping[str, str]) -> str:
     """Writes the ``Args`` section of a method's documentation."""
-    lines = []
-    for name, parameter in list(taken.parameters.items())[1:]:
-        default = "" if parameter.default is REQUIRED else f" Default: {parameter.default!r}."
-        lines.append(f"    {name}: {docs[name]}{default}")
-    return "Args:\n" + "\n".join(lines)
+    defaults = {p.name: "" if p.default is REQUIRED else f" Default: {p.default!r}." for p in taken.parameters.values()}
+    return "Args:\n" + "\n".join(f"    {name}: {docs[name]}{default}" for name, default in defaults.items() if name != "self")
 
 
 def method(name: str, takes: str) -> Callable[..., Any]:

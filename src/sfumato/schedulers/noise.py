@@ -1,4 +1,4 @@
-"""Noise tables and spacings: how much noise each training step holds, and at which of its levels a sampler stops; noise itself.
+"""Noise tables and spacings: how much noise each training step holds, and at which of its levels a sampler stops.
 
 Notation: ``alpha_bar`` is the share of signal variance left after a training step (DDPM's product of ``1 - beta``), and
 ``sigma = sqrt((1 - alpha_bar) / alpha_bar)`` the ratio of noise to signal.
@@ -6,10 +6,7 @@ Notation: ``alpha_bar`` is the share of signal variance left after a training st
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
-from ..random import Generators, randn
 
 
 def one_of(key: str, value: Any, *allowed: Any) -> None:
@@ -32,13 +28,6 @@ def one_source(**sources: object) -> None:
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"set_timesteps takes exactly one of {', '.join(sources)}; given: {', '.join(given) or 'none'}")
-
-
-def noise_like(sample: Tensor, generator: Generators, scale: float | Tensor = 1.0) -> Tensor:
-    """Draws normal noise of deviation ``scale`` in the shape, the precision and the place of ``sample``."""
-    if isinstance(scale, float) and isinstance(generator, torch.Generator) and generator.device == sample.device:
-        return torch.empty_like(sample, memory_format=torch.contiguous_format).normal_(0.0, scale, generator=generator)
-    return randn(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype) * scale
 
 
 def beta_table(schedule: str, steps: int, start: float, end: float, trained: Any, dtype: torch.dtype) -> Tensor:
@@ -135,74 +124,3 @@ def sigmas_to_steps(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
 def shift_flow(sigmas: np.ndarray, shift: float) -> np.ndarray:
     """Moves flow sigmas in 0..1 towards noise for large pictures (arXiv:2403.03206 eq. 23)."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
-
-
-DIGITS = 6
-"""Decimal places of the noise levels that are told apart."""
-
-
-class BrownianNoise:
-    """Standard normal noise from one Brownian motion over an interval of noise levels, which a seed fixes.
-
-    Each call reads an increment off a tree of Brownian bridges (arXiv:2105.13493 section 4): the increment of an interval is split
-    at its middle with noise from the node's own seed. The path is the one of torchsde's ``BrownianInterval`` with ``halfway_tree``.
-
-    Args:
-        like: Sample ``(B, ...)`` whose shape, device and precision the noise gets.
-        low, high: Smallest and largest level.
-        seed: Of the whole batch, or one per sample.
-        generator: Draws the seed where there is none: one, or one per sample; ``None`` for fresh entropy.
-    """
-
-    def __init__(
-        self, like: Tensor, low: float, high: float, *, seed: int | list[int] | None = None, generator: Generators = None
-    ) -> None:
-        given = generator if isinstance(generator, (list, tuple)) else [generator]
-        seeds = [_draw_seed(g) for g in given] if seed is None else seed if isinstance(seed, list) else [seed]
-        draw = functools.partial(_draw, like, seeds)
-        self._like, self._low, self._high = like, round(low, DIGITS), round(high, DIGITS)
-        self._whole = draw().mul_(math.sqrt(self._high - self._low))
-        self._halves = functools.lru_cache(maxsize=96)(functools.partial(_split, draw))  # all nodes on the way to two points
-
-    def __call__(self, start: float, end: float) -> Tensor:
-        """Returns the increment between two levels in the interval, in either order, over the root of their distance."""
-        low, high = (min(max(round(level, DIGITS), self._low), self._high) for level in sorted((start, end)))
-        if low == high:
-            return torch.zeros_like(self._like)
-        increment = self._increment(low, high, 0, 0, self._low, self._high, self._whole)
-        return increment * (math.copysign(1, end - start) / math.sqrt(abs(end - start)))
-
-    def _increment(self, low: float, high: float, index: int, depth: int, start: float, end: float, whole: Tensor) -> Tensor:
-        """Returns the increment between two levels within a node's interval, of which ``whole`` is the increment."""
-        if (low, high) == (start, end):
-            return whole
-        middle, left, right = self._halves(index, depth, start, end, whole)
-        first, second = (2 * index, depth + 1, start, middle, left), (2 * index + 1, depth + 1, middle, end, right)
-        if high <= middle:
-            return self._increment(low, high, *first)
-        if low >= middle:
-            return self._increment(low, high, *second)
-        return self._increment(low, middle, *first) + self._increment(middle, high, *second)
-
-
-def _split(
-    draw: Callable[..., Tensor], index: int, depth: int, start: float, end: float, whole: Tensor
-) -> tuple[float, Tensor, Tensor]:
-    """Returns the middle of a node's interval and the increments of both its halves: a Brownian bridge in the middle."""
-    middle, width = round((start + end) / 2, DIGITS), end - start
-    share = (middle - start) / width
-    left = draw(index, depth).mul_(math.sqrt(share * (1 - share) * width)).add_(whole, alpha=share)
-    return middle, left, whole - left
-
-
-def _draw(like: Tensor, seeds: list[int], *node: int) -> Tensor:
-    """Draws standard normal noise from a node's seeds, one for all samples or one each."""
-    states = [np.random.SeedSequence(seed, spawn_key=node, pool_size=24).generate_state(1)[0] for seed in seeds]
-    sources = [torch.Generator(like.device).manual_seed(int(state)) for state in states]
-    return randn(like.shape, generator=sources, device=like.device, dtype=like.dtype)
-
-
-def _draw_seed(generator: torch.Generator | None) -> int:
-    if generator is None:
-        return int.from_bytes(os.urandom(8), "little") >> 1
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))

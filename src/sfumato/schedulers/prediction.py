@@ -47,6 +47,13 @@ def noise_coefficients(kind: str, alpha: float, sigma: float) -> tuple[float, fl
     return (1 - alpha * a) / sigma, -alpha * b / sigma
 
 
+def log_snr(alpha: float, sigma: float) -> float:
+    """Returns the logarithm of signal over noise, infinite where there is none of either."""
+    if not alpha or not sigma:
+        return math.inf if alpha else -math.inf
+    return math.log(alpha) - math.log(sigma)
+
+
 def mix(weights: tuple[float, float], x: Tensor, y: Tensor) -> Tensor:
     """Returns ``weights[0] * x + weights[1] * y`` in the precision of ``x``, the wider of the two."""
     a, b = weights

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..outputs import BaseOutput
-from ..random import Generators
+from ..random import Generators, noise_like
 from .base import Device, SchedulerMixin, SchedulerOutput, StepResult, Time
-from .noise import noise_like
 
 
 @dataclass

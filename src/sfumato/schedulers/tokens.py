@@ -23,7 +23,7 @@ class VQDiffusionScheduler(SchedulerMixin):
     config_defaults = {"num_train_timesteps": 100}
     step_takes = "generator=None"
     _most = 0
-    _position = StepScheduler._position
+    _position = StepScheduler._training_step  # type: ignore[assignment]
 
     def _build(self) -> None:
         c, total = self.config, len(self)
