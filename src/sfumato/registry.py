@@ -37,12 +37,11 @@ _MODULES: dict[str, str] = {
     " DDIMInverseScheduler RePaintScheduler UnCLIPScheduler DDPMWuerstchenScheduler CogVideoXDDIMScheduler CogVideoXDPMScheduler"
     " IPNDMScheduler",
     "schedulers.euler": "EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler KDPM2DiscreteScheduler"
-    " KDPM2AncestralDiscreteScheduler LMSDiscreteScheduler DPMSolverSDEScheduler EDMEulerScheduler",
+    " KDPM2AncestralDiscreteScheduler LMSDiscreteScheduler DPMSolverSDEScheduler EDMEulerScheduler FlowMatchEulerDiscreteScheduler"
+    " FlowMatchHeunDiscreteScheduler FlowMatchLCMScheduler LTXEulerAncestralRFScheduler",
     "schedulers.dpm": "DPMSolverMultistepScheduler DPMSolverMultistepInverseScheduler DPMSolverSinglestepScheduler"
     " DEISMultistepScheduler UniPCMultistepScheduler SASolverScheduler"
     " EDMDPMSolverMultistepScheduler CosineDPMSolverMultistepScheduler",
-    "schedulers.flow": "FlowMatchEulerDiscreteScheduler FlowMatchHeunDiscreteScheduler FlowMatchLCMScheduler"
-    " LTXEulerAncestralRFScheduler",
     "schedulers.consistency": "LCMScheduler TCDScheduler CMStochasticIterativeScheduler ConsistencyDecoderScheduler SCMScheduler"
     " LCMSchedulerOutput TCDSchedulerOutput",
     "schedulers.score_sde": "KarrasVeScheduler ScoreSdeVeScheduler ScoreSdeVpScheduler KarrasVeOutput SdeVeOutput",

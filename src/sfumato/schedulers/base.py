@@ -279,8 +279,7 @@ class SchedulerMixin(ConfigMixin):
         ends, trained = (self._own("beta_start", 0.0001), self._own("beta_end", 0.02)), self._own("trained_betas", None)
         schedule, shift = self._own("beta_schedule", "squaredcos_cap_v2"), self._own("snr_shift_scale", 1.0)
         zero_snr = self._own("rescale_betas_zero_snr", False)
-        betas = beta_table(schedule, len(self), *ends, trained, self._table_type)
-        self.betas, alpha_bar = noise_tables(betas, shift, zero_snr)
+        self.betas, alpha_bar = noise_tables(beta_table(schedule, len(self), *ends, trained, self._table_type), shift, zero_snr)
         if alpha_bar[-1] == 0:
             alpha_bar[-1] = floor
         self.alphas, self.alphas_cumprod = 1 - self.betas, alpha_bar
@@ -413,9 +412,8 @@ class SigmaScheduler(LevelScheduler):
     _ramp: str | None = None  # the spacing of sigmas, if any
     _takes_times = True  # whether a run can be given its timesteps
     _spread: float | None = None  # standard deviation of the data, where the network takes samples at unit variance
-    _ending = "zero"  # final_sigmas_type, where it is no key
-    _final_sigma = 0.0
-    _respaces_flow = True  # whether a spacing of sigmas spaces a flow's own levels, else those of the table
+    _continuous = False  # whether the network is told log(sigma) / 4
+    _ending, _final_sigma = "zero", 0.0  # final_sigmas_type, where it is no key, and the level that it stands for
 
     def _build(self) -> None:
         super()._build()
@@ -475,7 +473,7 @@ class SigmaScheduler(LevelScheduler):
         self._set_levels(levels, times, device)
 
     def _run_levels(self, count: Count, timesteps: Any, sigmas: Any, mu: float | None, train_steps: Count = None) -> Run:
-        if self.is_flow and (self._respaces_flow or not self._ramp):
+        if self.is_flow:
             return self._flow_levels(count, timesteps, sigmas, mu)
         if sigmas is not None:
             levels = np.array(sigmas, dtype=np.float64)
@@ -491,8 +489,7 @@ class SigmaScheduler(LevelScheduler):
         levels = self._sigmas_at(stops)
         if self._ramp:
             levels = sigma_ramp(self._ramp, *self._ramp_ends(levels), len(stops))
-            stops = self._times_of(levels)
-        return np.append(levels, self._final_sigma), stops
+        return np.append(levels, self._final_sigma), self._times_of(levels) if self._ramp or self._continuous else stops
 
     def _sigmas_at(self, stops: np.ndarray) -> np.ndarray:
         return np.interp(stops, np.arange(len(self._table)), self._table)

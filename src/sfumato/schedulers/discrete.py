@@ -71,7 +71,7 @@ class DDPMScheduler(StepScheduler):
 class DDIMScheduler(StepScheduler):
     """Deterministic sampling on training steps, stochastic with ``eta > 0`` (arXiv:2010.02502)."""
 
-    config_keys = "BETAS ENDS prediction_type BOUNDS timestep_spacing rescale_betas_zero_snr"
+    config_keys = "BETAS ENDS prediction_type BOUNDS STOPS"
     config_defaults = {"timestep_spacing": "leading"}
     step_takes = "eta=0.0, use_clipped_model_output=False, generator=None, variance_noise=None"
 
@@ -109,7 +109,6 @@ class PNDMScheduler(StepScheduler):
     predictions = LevelScheduler.predictions
     config_keys = "BETAS skip_prk_steps set_alpha_to_one prediction_type SPACING"
     config_defaults = {"set_alpha_to_one": False, "timestep_spacing": "leading"}
-    _warm_up = 0  # evaluations
 
     def _stops(self, count: int) -> np.ndarray:
         stops = super()._stops(count)
@@ -120,13 +119,12 @@ class PNDMScheduler(StepScheduler):
         half = self._stride() // 2
         # From each of the first three steps, two evaluations half-way and one at the next step.
         warm_up = [t for a, b in pairwise(stops[:4]) for t in (a, b + half, b + half, b)]
-        self._warm_up = len(warm_up)
         return np.array([*warm_up, *stops[3:]])
 
     def update(self, output: Tensor, t: int, x: Tensor) -> Tensor:
         """One evaluation (arXiv:2202.09778 eqs. 12 and 13); without warm-up the second one repeats the first step (Heun)."""
-        solve = self._runge_kutta if self._calls < self._warm_up else self._adams_bashforth
-        return solve(output, t, x, self._stride())
+        warm = self.config["skip_prk_steps"] or self._calls >= 12
+        return (self._adams_bashforth if warm else self._runge_kutta)(output, t, x, self._stride())
 
     def _runge_kutta(self, output: Tensor, t: int, x: Tensor, stride: int) -> Tensor:
         """One of the four evaluations of eq. 13."""
@@ -226,7 +224,7 @@ class DDIMParallelScheduler(DDIMScheduler):
 class DDIMInverseScheduler(DDIMScheduler):
     """DDIM from the clean sample to the noise that would give it (arXiv:2010.02502 section 4.3); ``timesteps`` ascend."""
 
-    config_keys = "BETAS ENDS prediction_type clip_sample_range timestep_spacing rescale_betas_zero_snr"
+    config_keys = "BETAS ENDS prediction_type clip_sample_range STOPS"
     config_choices = {"timestep_spacing": ("leading", "trailing")}
     step_takes = StepScheduler.step_takes
 
@@ -315,8 +313,9 @@ class DDPMWuerstchenScheduler(LevelScheduler):
 
     def _lay_out(self, num_inference_steps: Count, device: Device = None, timesteps: Values | Tensor = None) -> None:
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
-        given = timesteps is not None
-        times = torch.as_tensor(timesteps) if given else torch.linspace(1, 0, self._check_count(num_inference_steps) + 1)
+        times = (
+            torch.linspace(1, 0, self._check_count(num_inference_steps) + 1) if timesteps is None else torch.as_tensor(timesteps)
+        )
         if times.ndim != 1 or len(times) < 2:
             raise ValueError(f"timesteps={timesteps}, expected two times or more, of which the last is where the run ends")
         self.num_inference_steps = len(times) - 1
@@ -346,10 +345,7 @@ class DDPMWuerstchenScheduler(LevelScheduler):
 class CogVideoXDDIMScheduler(DDIMScheduler):
     """Deterministic DDIM on a table whose signal-to-noise ratio is shifted (arXiv:2408.06072); nothing is clipped."""
 
-    config_keys = (
-        "BETAS clip_sample set_alpha_to_one steps_offset prediction_type clip_sample_range"
-        " sample_max_value timestep_spacing rescale_betas_zero_snr snr_shift_scale"
-    )
+    config_keys = "BETAS ENDS prediction_type clip_sample_range sample_max_value STOPS snr_shift_scale"
     config_defaults = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "leading"}
 
     config_choices = {"beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2")}

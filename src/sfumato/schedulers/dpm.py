@@ -32,8 +32,6 @@ class LogSnrScheduler(SigmaScheduler):
     _on_denoised = True  # extrapolate the denoised sample, else the noise
     _tau2 = 0.0  # square of the noise's strength
 
-    _respaces_flow = False
-
     def _build(self) -> None:
         super()._build()
         one_of("time_shift_type", self._own("time_shift_type", "exponential"), "exponential")
@@ -64,9 +62,9 @@ class LogSnrScheduler(SigmaScheduler):
     def _run_levels(self, count: Count, timesteps: Any, sigmas: Any, mu: float | None, train_steps: Count = None) -> Run:
         if sigmas is not None and not self.is_flow:
             raise ValueError("sigmas can be set for flow models only: set use_flow_sigmas=True, or pass num_inference_steps")
-        if sigmas is not None and self._ramp:
-            count, sigmas = len(sigmas), None
-        return super()._run_levels(count, timesteps, sigmas, mu)
+        if not self.is_flow or not self._ramp:
+            return super()._run_levels(count, timesteps, sigmas, mu)
+        return self._levels_at(self._stops(self._check_count(count) if sigmas is None else len(sigmas)))
 
     def _stops(self, count: int, train_steps: int | None = None) -> np.ndarray:
         spacing, offset = self._own("timestep_spacing", "linspace"), self._own("steps_offset", 0)
@@ -200,10 +198,9 @@ class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
     set_timesteps_takes = LogSnrScheduler.set_timesteps_takes
 
     def _stops(self, count: int, train_steps: int | None = None) -> np.ndarray:
-        c, top = self.config, self._top()
-        if c["timestep_spacing"] == "trailing":
-            return integer_steps("trailing", count, len(self), top=top).round()
-        return integer_steps(c["timestep_spacing"], count + 1, len(self), c["steps_offset"], top=top)[1:].round()
+        spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
+        more = int(spacing != "trailing")  # stops, of which the noisiest is left out
+        return integer_steps(spacing, count + more, len(self), offset, top=self._top())[more:].round()
 
     def _run_levels(self, *given: Any) -> Run:
         levels, times = super()._run_levels(*given)
@@ -265,9 +262,8 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     """Unified predictor-corrector (arXiv:2302.04867): each new output first corrects the step that led to it."""
 
     config_keys = (
-        "BETAS solver_order prediction_type LIMITS predict_x0 solver_type lower_order_final disable_corrector solver_p"
-        " RAMPS FLOW SPACING final_sigmas_type rescale_betas_zero_snr use_dynamic_shifting time_shift_type sigma_min"
-        " sigma_max shift_terminal"
+        "BETAS solver_order prediction_type LIMITS predict_x0 solver_type lower_order_final disable_corrector solver_p RAMPS FLOW"
+        " SPACING final_sigmas_type rescale_betas_zero_snr DYNAMIC sigma_min sigma_max shift_terminal"
     )
     config_defaults = {"solver_type": "bh2"}
     set_timesteps_takes = "num_inference_steps=None, device=None, sigmas=None, mu=None"

@@ -118,6 +118,7 @@ GROUPS = {
     "ENDS": "clip_sample set_alpha_to_one steps_offset",
     "BOUNDS": "thresholding dynamic_thresholding_ratio clip_sample_range sample_max_value",
     "ADAMS": "predictor_order corrector_order",
+    "STOPS": "timestep_spacing rescale_betas_zero_snr",
     "CUT": "lambda_min_clipped variance_type",
     "EDM": "sigma_min sigma_max sigma_data sigma_schedule num_train_timesteps",
 }
@@ -191,13 +192,12 @@ def method(name: str, takes: str) -> Callable[..., Any]:
         last = "" if "return_dict" in takes else "return_dict=True"
         takes = ", ".join(filter(None, ["model_output, timestep, sample", takes, last]))
     names = [parameter.partition("=")[0] for parameter in takes.split(", ") if parameter[0] != "*"]
-    common = ["model_output", "timestep", "sample", "return_dict"]
-    given = {
-        "step": f"_advance({', '.join(common + [word for word in names if word not in common])})",
-        "set_timesteps": f"_lay_out({', '.join(f'{word}={word}' for word in names)})",
-    }
-    scope: dict[str, Any] = {"inf": math.inf}
-    exec(f"def {name}(self, {takes}):\n    return self.{given[name]}", scope)
+    call = f"_lay_out({', '.join(f'{word}={word}' for word in names)})"
+    if name == "step":
+        common = ["model_output", "timestep", "sample", "return_dict"]
+        call = f"_advance({', '.join(common + [word for word in names if word not in common])})"
+    scope: dict[str, Any] = {"inf": math.inf, "__name__": __name__}
+    exec(f"def {name}(self, {takes}):\n    return self.{call}", scope)
     made = scope[name]
     made.__doc__ = f"{METHODS[name]}\n\n{document(inspect.signature(made), {k: doc for k, (_, doc) in ARGUMENTS.items()})}"
     made.__annotations__ = {word: ARGUMENTS[word][0] for word in made.__code__.co_varnames[1:]}
