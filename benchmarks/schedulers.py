@@ -109,17 +109,19 @@ def microseconds(scheduler: Any, name: str) -> float:
 def draws(scheduler: Any, name: str) -> float:
     """Counts how often a step draws normal noise."""
     run, count = loop(scheduler, name)
-    original, calls = torch.randn, []
+    drawing, calls = {"randn": torch, "normal_": torch.Tensor}, []
 
-    def counted(*args: Any, **options: Any) -> torch.Tensor:
-        calls.append(args)
-        return original(*args, **options)
+    def counted(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args, **options: (calls.append(args), original(*args, **options))[1]
 
-    torch.randn = counted  # type: ignore[assignment]
+    originals = {word: getattr(place, word) for word, place in drawing.items()}
     try:
+        for word, place in drawing.items():
+            setattr(place, word, counted(originals[word]))
         run()
     finally:
-        torch.randn = original
+        for word, place in drawing.items():
+            setattr(place, word, originals[word])
     return len(calls) / count
 
 

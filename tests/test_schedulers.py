@@ -501,3 +501,26 @@ def test_names_and_signatures_equal_the_reference() -> None:
             required = {name for name, default in expected if default is inspect.Parameter.empty}
             assert [(n, inspect.Parameter.empty if n in required and d is None else d) for n, d in got] == expected
         assert {c.__name__ for c in scheduler().compatibles} == {c.__name__ for c in reference().compatibles}
+
+
+@pytest.mark.parametrize("name", [n for n in ours.__all__ if n.endswith("Scheduler") and n != "Scheduler"])
+def test_every_argument_has_a_type_and_a_meaning(name: str) -> None:
+    for method in (getattr(ours, name).step, getattr(ours, name).set_timesteps):
+        taken = list(inspect.signature(method).parameters.values())[1:]
+        assert all(p.annotation is not p.empty for p in taken) and method.__doc__
+        if "Args:" in method.__doc__:
+            assert all(f"\n    {p.name}: " in method.__doc__ for p in taken)
+
+
+def test_calls_are_checked_by_python_itself() -> None:
+    scheduler, x = ours.EulerDiscreteScheduler(), torch.zeros(SHAPE)
+    with pytest.raises(TypeError, match=r"set_timesteps\(\) got an unexpected keyword argument 'steps'"):
+        scheduler.set_timesteps(steps=4)
+    scheduler.set_timesteps(4)
+    t = scheduler.timesteps[0]
+    with pytest.raises(TypeError, match=r"step\(\) missing 1 required positional argument: 'sample'"):
+        scheduler.step(x, t)
+    with pytest.raises(TypeError, match="multiple values for argument 'timestep'"):
+        scheduler.step(x, t, x, timestep=t)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'eta'"):
+        scheduler.step(x, t, x, eta=0.0)

@@ -313,9 +313,8 @@ class DDPMWuerstchenScheduler(LevelScheduler):
 
     def _lay_out(self, num_inference_steps: Count, device: Device = None, timesteps: Values | Tensor = None) -> None:
         one_source(num_inference_steps=num_inference_steps, timesteps=timesteps)
-        times = (
-            torch.linspace(1, 0, self._check_count(num_inference_steps) + 1) if timesteps is None else torch.as_tensor(timesteps)
-        )
+        even = timesteps is None
+        times = torch.linspace(1, 0, self._check_count(num_inference_steps) + 1) if even else torch.as_tensor(timesteps)
         if times.ndim != 1 or len(times) < 2:
             raise ValueError(f"timesteps={timesteps}, expected two times or more, of which the last is where the run ends")
         self.num_inference_steps = len(times) - 1
