@@ -1,8 +1,8 @@
 """Solvers of the probability flow over noise levels (arXiv:2206.00364): Euler, Heun, DPM2 and their stochastic relatives.
 
-Samples are in variance-exploding form, ``x = x0 + sigma * noise``, or of flow models; ``scale_model_input`` gives unit variance. Heun and
-DPM2 ask the network again at the end of a step or at the geometric mean of its levels: ``timesteps`` holds an entry per evaluation;
-the last step, to zero noise, is Euler's and has one.
+Samples are in variance-exploding form, ``x = x0 + sigma * noise``, or of flow models; ``scale_model_input`` gives unit variance.
+Heun and DPM2 ask the network again at the end of a step or at the geometric mean of its levels: ``timesteps`` holds an entry per
+evaluation; the last step, to zero noise, is Euler's and has one.
 """
 
 from __future__ import annotations
