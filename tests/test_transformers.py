@@ -301,6 +301,17 @@ def test_compiles_in_one_graph(name: str) -> None:
     assert_same(tensors(compiled(**arguments)), tensors(model(**arguments)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3", "sd3.5 medium", "flux dev", "flux controlnet"])
+@torch.no_grad()
+def test_compiles_by_inductor(name: str) -> None:
+    torch._dynamo.reset()
+    model, arguments = ours(name), inputs(name)
+    found = tensors(torch.compile(model, fullgraph=True)(**arguments))
+    for tensor, expected in zip(found, tensors(model(**arguments)), strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_compiles_with_residuals_and_does_not_compile_again_for_a_scale() -> None:
     torch._dynamo.reset()

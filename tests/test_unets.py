@@ -259,6 +259,17 @@ def test_compiles_without_graph_breaks(name: str) -> None:
     assert_same(compiled(**arguments, return_dict=False)[0], expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@torch.no_grad()
+def test_compiles_by_inductor(name: str) -> None:
+    model = ours(name)
+    arguments = inputs(model.config)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True)(**arguments).sample
+    torch.testing.assert_close(compiled, model(**arguments).sample, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_threads_do_not_disturb_each_other() -> None:
     model = ours("sd15")
