@@ -151,12 +151,20 @@ def test_each_kind(checkpoint: Checkpoint, name: str, kind: str, guidance: float
 def test_face_identity_with_its_picture(checkpoint: Checkpoint, shortcut: bool) -> None:
     reference, pipe = pair(checkpoint, TEXT, "faceid plus")
     patches = torch.randn(2, 1, 17, PATCH_WIDTH, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="clip_embeds"):
-        pipe(**call_of(TEXT, "faceid plus"))
+    call = call_of(TEXT, "faceid plus")
+    with pytest.raises(ValueError, match="needs the face's picture"):
+        pipe(**call)
     for each in (reference, pipe):
         layer = each.unet.encoder_hid_proj.image_projection_layers[0]
         layer.clip_embeds, layer.shortcut = patches, shortcut
-    assert_same(reference, pipe, **call_of(TEXT, "faceid plus"))
+    got = assert_same(reference, pipe, **call)
+    layer.clip_embeds = None  # of ours; a call can bring them
+    with torch.no_grad():
+        expected = reference.prepare_ip_adapter_image_embeds([tiny.picture(4)], None, "cpu", 1, True)
+    torch.testing.assert_close(pipe.prepare_ip_adapter_image_embeds(tiny.picture(4), None, None, 1, True), expected)
+    (identity,) = call["ip_adapter_image_embeds"]
+    call["ip_adapter_image_embeds"] = [(identity, patches)]
+    assert np.array_equal(pipe(**call, generator=seeded(3)).images, got)
 
 
 STEERED = [
@@ -550,6 +558,9 @@ def test_calls_that_cannot_work(checkpoint: Checkpoint) -> None:
     pipe.set_ip_adapter_scale([[0.5, 0.5]])
     with pytest.raises(ValueError, match="ip_adapter_masks"):
         pipe(**plain, ip_adapter_image=[[picture, picture]])
+    pipe.load_ip_adapter(adapter_file(checkpoint(TEXT)[1].unet, "faceid"))
+    with pytest.raises(ValueError, match="embeddings are 32 wide, this IP-Adapter reads 12"):
+        pipe(**plain, ip_adapter_image=picture)
     pipe.image_encoder = None
     with pytest.raises(ValueError, match="image_encoder"):
         pipe(**plain, ip_adapter_image=picture)
@@ -577,12 +588,14 @@ def test_files_that_cannot_work(checkpoint: Checkpoint, tmp_path: Path) -> None:
     fits, lacking = {**file["image_proj"]}, {**file["image_proj"]}
     del lacking["norm.bias"]
     lonely = {**file["ip_adapter"], "0.to_q_lora.down.weight": torch.zeros(2, 16)}
+    narrow = {key: tensor[:8] if key.startswith("1.") else tensor for key, tensor in file["ip_adapter"].items()}
     for wrong, message in (
         (other, "another network"),
         ({"image_proj": fits}, "'image_proj' and 'ip_adapter'"),
         ({**file, "image_proj": {"weight": torch.zeros(1)}}, "no kind of IP-Adapter"),
         ({**file, "image_proj": lacking}, "norm.bias"),
         ({**file, "ip_adapter": lonely}, "no counterpart"),
+        ({**file, "ip_adapter": narrow}, "has shape"),
     ):
         with pytest.raises(sfumato.WeightsError, match=message):
             pipe.load_ip_adapter(wrong)

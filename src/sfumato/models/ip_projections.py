@@ -135,7 +135,7 @@ class IPAdapterFaceIDPlusImageProjection(IPAdapterImageProjection):
 
     Attributes:
         clip_embeds: Patches of the face's picture, (rows, pictures, N, image_dim) as ``prepare_ip_adapter_image_embeds`` gives
-            them (negative ones first); set before a call.
+            them (negative ones first), for calls that do not bring their own.
         shortcut, shortcut_scale: Add the identity's tokens to this many times the result (version 2 of the checkpoints).
     """
 
@@ -145,17 +145,16 @@ class IPAdapterFaceIDPlusImageProjection(IPAdapterImageProjection):
         self.clip_embeds: torch.Tensor | None = None
         self.shortcut, self.shortcut_scale = False, 1.0
 
-    def forward(self, identity: torch.Tensor) -> torch.Tensor:
-        """``(B, identity_dim)`` -> ``(B, tokens, out)``."""
-        if self.clip_embeds is None:
-            remedy = "`unet.encoder_hid_proj.image_projection_layers[i].clip_embeds = pipe.prepare_ip_adapter_image_embeds(...)[0]`"
-            raise ValueError(f"an IP-Adapter FaceID plus needs the face's picture beside its identity: set {remedy}")
-        patches = self.clip_embeds.flatten(0, -3).to(identity)
+    def forward(self, identity: torch.Tensor, face: torch.Tensor | None = None) -> torch.Tensor:
+        """``(B, identity_dim)``, and the call's own patches in place of ``clip_embeds`` -> ``(B, tokens, out)``."""
+        face = self.clip_embeds if face is None else face
+        if face is None:
+            remedy = "`ip_adapter_image_embeds=[(identity, pipe.prepare_ip_adapter_image_embeds(picture, ...)[0])]`"
+            raise ValueError(f"an IP-Adapter FaceID plus needs the face's picture beside its identity: pass {remedy}")
+        patches = face.flatten(0, -3).to(identity)
         if len(patches) % len(identity):
-            raise ValueError(
-                f"clip_embeds holds {len(patches)} pictures for {len(identity)} identities (of negative branches too): "
-                "pass one for each"
-            )
+            what = f"clip_embeds holds {len(patches)} pictures for {len(identity)} identities (of negative branches too)"
+            raise ValueError(f"{what}: pass one for each")
         latents = super().forward(identity)
         out = self.perceiver_resampler.resample(patches[:: len(patches) // len(identity)], latents)
         return latents + self.shortcut_scale * out if self.shortcut else out
@@ -176,14 +175,18 @@ class MultiIPAdapterImageProjection(nn.Module):
         self.scales = scales
         self.replaced: dict[str, nn.Parameter] = {}
 
-    def forward(self, image_embeds: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """One (B, pictures, ...) for each IP-Adapter -> tokens (B, pictures, K, C) of each; as given where they need the time."""
-        pairs = zip(image_embeds, self.image_projection_layers, strict=True)
-        return [
-            embeds if isinstance(projection, IPAdapterTimeImageProjection)
-            else projection(embeds.flatten(0, 1)).unflatten(0, embeds.shape[:2])
-            for embeds, projection in pairs
-        ]  # fmt: skip
+    def forward(self, image_embeds: Sequence[torch.Tensor], faces: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
+        """One (B, pictures, ...) for each IP-Adapter -> tokens (B, pictures, K, C) of each; as given where they need the time.
+
+        ``faces`` are patches that a call brings beside identities, by the number of the IP-Adapter.
+        """
+        found = []
+        for i, (embeds, projection) in enumerate(zip(image_embeds, self.image_projection_layers, strict=True)):
+            if not isinstance(projection, IPAdapterTimeImageProjection):
+                face = [faces[i]] if i in faces else []
+                embeds = projection(embeds.flatten(0, 1), *face).unflatten(0, embeds.shape[:2])
+            found.append(embeds)
+        return found
 
     def at_time(self, options: AttentionOptions, timestep: torch.Tensor) -> AttentionOptions:
         """Options that hold patches (B, pictures, N, D), at times (B,): with the tokens that those which need the time make."""
@@ -198,7 +201,12 @@ class MultiIPAdapterImageProjection(nn.Module):
 
 def reads_patches(projection: nn.Module) -> bool:
     """Whether a projection reads all patches of a picture rather than its pooled embedding."""
-    return not isinstance(projection, IPAdapterImageProjection)
+    return reads_face(projection) or not isinstance(projection, IPAdapterImageProjection)
+
+
+def reads_face(projection: nn.Module) -> bool:
+    """Whether a projection reads a face's identity and its picture's patches."""
+    return isinstance(projection, IPAdapterFaceIDPlusImageProjection)
 
 
 def input_width(projection: nn.Module) -> int:

@@ -7,7 +7,7 @@ pictures and reads the scales when it starts.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import PurePath
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import WeightsError, did_you_mean, refuse_unknown
 from ..hub import PathLike, Source
-from ..models.ip_projections import MultiIPAdapterImageProjection, build_projection, input_width, reads_patches
+from ..models.ip_projections import MultiIPAdapterImageProjection, build_projection, input_width, reads_face, reads_patches
 from ..models.layers.attention import Attention
 from ..models.layers.image_prompt import ImagePromptAttention, JointImagePromptAttention, prompted_layers
 from ..models.layers.joint_attention import JointAttention
@@ -199,10 +199,16 @@ class PicturePrompts(ImagePipeline):
             pictures = _for_each([ip_adapter_image] if alone else ip_adapter_image, len(layers), "ip_adapter_image")
             for picture, layer in zip(pictures, layers, strict=True):
                 positive, negative = self.encode_pictures(picture, device, reads_patches(layer))
+                made, read = positive.shape[-1], input_width(layer)
+                if made != read and not reads_face(layer):
+                    remedy = "set pipe.image_encoder to the one that it was made with, or pass ip_adapter_image_embeds"
+                    raise ValueError(f"the image encoder's embeddings are {made} wide, this IP-Adapter reads {read}: {remedy}")
                 found.append(torch.stack([negative, positive][-branches:]))
         else:
             given = _for_each(ip_adapter_image_embeds, len(layers), "ip_adapter_image_embeds")
-            found = [_checked_embeds(embeds, branches, input_width(layer)) for embeds, layer in zip(given, layers, strict=True)]
+            for embeds, layer in zip(given, layers, strict=True):
+                paired = reads_face(layer) and isinstance(embeds, tuple) and len(embeds) == 2
+                found.append(_checked_embeds(embeds[0] if paired else embeds, branches, input_width(layer)))
         return [
             torch.cat([part.repeat(num_images_per_prompt, *[1] * (part.dim() - 1)) for part in embeds.to(**place).chunk(branches)])
             for embeds in found
@@ -241,9 +247,11 @@ class PicturePrompts(ImagePipeline):
     def _image_conditioning(self, run: Run, adapters: MultiIPAdapterImageProjection) -> dict[str, torch.Tensor]:
         """What the attention to picture prompts reads, of all guidance branches."""
         args, layout = run.args, run.guidance.layout
-        guided = "negative" in layout
+        guided, given = "negative" in layout, args.ip_adapter_image_embeds
+        listed = given if isinstance(given, (list, tuple)) else ()
+        faces = {i: embeds[1] for i, embeds in enumerate(listed) if isinstance(embeds, tuple)}
         tokens = []
-        for whole in adapters(self.embed_pictures(run, guided)):
+        for whole in adapters(self.embed_pictures(run, guided), faces):
             parts = [per_picture(part, run.batch, "picture prompt") for part in whole.chunk(2 if guided else 1)]
             named = dict(zip(("negative", "positive")[-len(parts) :], parts, strict=True))
             tokens.append(torch.cat([named[name] for name in layout]))
@@ -274,7 +282,7 @@ def attach(network: Any, files: Sequence[tuple[File, str]], names: Sequence[str]
         raise ValueError(f"this network projects its tokens (encoder_hid_dim_type={kind!r}), and IP-Adapters cannot be added to it")
     layers, like = prompted_layers(network), {"device": network.device, "dtype": network.dtype}
     projections = [build_projection(file["image_proj"], network.dtype, where, _TIMED in names) for file, where in files]
-    weights = [_layer_weights(file["ip_adapter"], layers, names, where) for file, where in files]
+    weights = [_layer_weights(file["ip_adapter"], layers.values(), names, where) for file, where in files]
     changes = [_low_rank(file["ip_adapter"], network, where) for file, where in files]
     processors = [_processor(i, layer, [each[i] for each in weights], network.dtype) for i, layer in enumerate(layers.values())]
     detach(network)
@@ -364,29 +372,18 @@ def _parts(file: File, where: str) -> File:
 
 
 def _layer_weights(
-    tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Attention | JointAttention], names: Sequence[str], where: str
+    tensors: Mapping[str, torch.Tensor], layers: Iterable[Attention | JointAttention], names: Sequence[str], where: str
 ) -> list[dict[str, torch.Tensor]]:
     """Weights of each layer by name.
 
     Files for U-Nets number all attention layers, every second of which reads the prompt; those for transformers the joint ones.
     """
-    found: list[dict[str, torch.Tensor]] = []
-    used, remedy = 0, "it was made for another network (SD 1.5, SDXL, SD 3, FLUX ...)"
-    for i, layer in enumerate(layers.values()):
-        number = i if isinstance(layer, JointAttention) else 2 * i + 1
-        own = {name: tensors[f"{number}.{name}"] for name in names if f"{number}.{name}" in tensors}
-        widths = {len(tensor) for name, tensor in own.items() if name.startswith("to_")}
-        if len(own) != len(names) or widths != {layer.to_q.out_features}:
-            shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
-            raise WeightsError(
-                f"{where} holds {shapes} for attention layer {number}, which is {layer.to_q.out_features} wide: {remedy}"
-            )
-        found.append(own)
-        used += len(own)
-    count = sum("_lora." not in name for name in tensors)
-    if used != count:
-        raise WeightsError(f"{where} holds {count} attention weights, this network takes {used}: {remedy}")
-    return found
+    numbers = [i if isinstance(layer, JointAttention) else 2 * i + 1 for i, layer in enumerate(layers)]
+    wanted = {f"{number}.{name}" for number in numbers for name in names}
+    if differing := wanted.symmetric_difference(name for name in tensors if "_lora." not in name):
+        what = f"{where} and this network differ in {len(differing)} attention weights, such as {min(differing)!r}"
+        raise WeightsError(f"{what}: it was made for another network (SD 1.5, SDXL, SD 3, FLUX ...)")
+    return [{name: tensors[f"{number}.{name}"] for name in names} for number in numbers]
 
 
 _LOW_RANK = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out.0"}
