@@ -309,6 +309,11 @@ VARIED = {
         "StableDiffusionControlNetPipeline multi",
         dict(controlnet_conditioning_scale=[0.4, 0.9], control_guidance_end=[0.5, 1.0]),
     ),
+    "ControlNet-XS, a while": (
+        "StableDiffusionControlNetXSPipeline",
+        dict(control_guidance_start=0.2, control_guidance_end=0.8, controlnet_conditioning_scale=0.6),
+    ),
+    "ControlNet-XS, no guidance": ("StableDiffusionXLControlNetXSPipeline", dict(guidance_scale=1.0, control_guidance_end=0.5)),
     "T2I-Adapter, scale": ("StableDiffusionAdapterPipeline", dict(adapter_conditioning_scale=0.5)),
     "T2I-Adapter, part": ("StableDiffusionXLAdapterPipeline", dict(adapter_conditioning_factor=0.5)),
     "3 ControlNet, a while": (

@@ -351,6 +351,13 @@ def _with_control(name: str, folder: Path) -> Any:
     if name.endswith("multi"):
         networks: Any = [control_net(pipe.unet, seed) for seed in (0, 1)]
         return getattr(diffusers, name.removesuffix(" multi"))(**parts, controlnet=networks, **options)
+    if "XS" in name:
+        parts["unet"] = type(pipe.unet).from_config({**pipe.unet.config, "layers_per_block": 2})
+        slim = diffusers.ControlNetXSAdapter.from_unet(parts["unet"], 0.5, conditioning_embedding_out_channels=(8, 16))
+        for key, parameter in slim.named_parameters():
+            if "base" in key or "cond_embedding" in key:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return getattr(diffusers, name)(**parts, controlnet=slim, **options)
     network = control_net(pipe.unet, cls="ControlNetUnionModel" if "Union" in name else "ControlNetModel")
     return getattr(diffusers, name)(**parts, controlnet=network, **options)
 
@@ -369,6 +376,8 @@ CONTROLLED = {
     "StableDiffusionXLControlNetUnionImg2ImgPipeline": "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLControlNetUnionInpaintPipeline": "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLAdapterPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusionControlNetXSPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLControlNetXSPipeline": "StableDiffusionXLPipeline",
 }
 """Pipelines with control networks or adapters, and what they are without."""
 

@@ -80,6 +80,9 @@ _MODULES: dict[str, str] = {
     " StableDiffusionControlNetPAGPipeline StableDiffusionControlNetPAGInpaintPipeline StableDiffusionXLPAGPipeline"
     " StableDiffusionXLPAGImg2ImgPipeline StableDiffusionXLPAGInpaintPipeline StableDiffusionXLControlNetPAGPipeline"
     " StableDiffusionXLControlNetPAGImg2ImgPipeline StableDiffusion3PAGPipeline StableDiffusion3PAGImg2ImgPipeline",
+    "families.controlnet_xs_pipelines": "StableDiffusionControlNetXSPipeline StableDiffusionControlNetXSImg2ImgPipeline"
+    " StableDiffusionControlNetXSInpaintPipeline StableDiffusionXLControlNetXSPipeline"
+    " StableDiffusionXLControlNetXSImg2ImgPipeline StableDiffusionXLControlNetXSInpaintPipeline",
     "families.flux_redux": "FluxPriorReduxPipeline",
     "families.latent_upscaler": "StableDiffusionLatentUpscalePipeline",
     "families.unconditional": "DDPMPipeline DDIMPipeline LDMSuperResolutionPipeline",
