@@ -277,6 +277,11 @@ def test_controlnet_xs_equals_the_reference(name: str, tmp_path: Path) -> None:
     assert_same(diffusers.UNetControlNetXSModel.from_pretrained(tmp_path)(**arguments).sample, theirs(**arguments).sample)
 
 
+def assert_near(steered: torch.Tensor, alone: torch.Tensor) -> None:
+    """The joined network's normalisations have another epsilon than the U-Net's, as in the reference."""
+    torch.testing.assert_close(steered, alone, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("widths", [{"size_ratio": 0.75}, {"block_out_channels": [8, 24], "num_attention_heads": [2, 3]}], ids=str)
 @torch.no_grad()
 def test_controlnet_xs_joins_a_unet(widths: dict[str, Any], tmp_path: Path) -> None:
@@ -296,9 +301,12 @@ def test_controlnet_xs_joins_a_unet(widths: dict[str, Any], tmp_path: Path) -> N
     arguments = start(unet.config) | {"controlnet_cond": picture()}
     assert_same(mine(**arguments).sample, joined(**arguments).sample)
     alone = unet(**start(unet.config)).sample
-    assert_same(mine(**arguments, apply_control=False).sample, alone)
+    assert_near(mine(**arguments, apply_control=False).sample, alone)
+    uneven = start(unet.config, size=(9, 11))
+    assert_near(mine(**uneven, apply_control=False).sample, unet(**uneven).sample)
+    assert mine(**uneven, controlnet_cond=picture(size=(9, 11))).sample.isfinite().all()
     fresh = sfumato.UNetControlNetXSModel.from_unet(unet, size_ratio=0.5).eval()
-    assert_same(fresh(**arguments).sample, alone)
+    assert_near(fresh(**arguments).sample, alone)
     with pytest.raises(ValueError, match="size_ratio would be ignored"):
         sfumato.UNetControlNetXSModel.from_unet(unet, adapter, size_ratio=0.5)
     with pytest.raises(ValueError, match="pass exactly one"):
@@ -316,7 +324,7 @@ def test_controlnet_xs_hears_the_condition_of_the_time() -> None:
     options = {"learn_time_embedding": True, "time_embedding_mix": 0.0}
     steered = sfumato.UNetControlNetXSModel.from_unet(unet, size_ratio=0.5, ctrl_optional_kwargs=options).eval()
     arguments = start(unet.config)
-    assert_same(steered(**arguments, controlnet_cond=picture()).sample, unet(**arguments).sample)
+    assert_near(steered(**arguments, controlnet_cond=picture()).sample, unet(**arguments).sample)
     del arguments["timestep_cond"]
     assert not torch.allclose(steered(**arguments, controlnet_cond=picture()).sample, unet(**start(unet.config)).sample)
 
@@ -461,7 +469,7 @@ def refused_calls() -> dict[str, tuple[dict[str, Any], str]]:
         "channels": ({"controlnet_cond": picture(4)}, r"controlnet_cond has shape \(2, 4, 64, 96\).*expected \(2, 3, 64, 96\)"),
         "size": ({"controlnet_cond": wide}, r"controlnet_cond has shape \(2, 3, 64, 104\).*resize the picture to 8 times"),
         "batch": ({"controlnet_cond": noise(3, 3, 64, 96)}, "repeat it for the batch"),
-        "sample": ({"sample": noise(2, 5, *SIZE)}, r"sample has shape \(2, 5, 8, 12\), this network expects"),
+        "sample": ({"sample": noise(2, 5, *SIZE)}, r"sample has shape \(2, 5, 8, 12\), .*expect"),
         "classes": ({"class_labels": torch.tensor([1, 2])}, "class_labels are given"),
         "scale": ({"conditioning_scale": torch.ones(2)}, r"conditioning_scale is a tensor of shape \(2,\): expected one number"),
         "added": ({"added_cond_kwargs": {"time_id": noise(2, 6)}}, "added_cond_kwargs holds 'time_id'"),

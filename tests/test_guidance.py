@@ -437,8 +437,11 @@ def test_what_is_no_guidance_is_refused(checkpoint: Checkpoint) -> None:
 FREEU = dict(s1=0.7, s2=0.4, b1=1.3, b2=1.6)
 
 
+FREED = ("", "XL", "ControlNet", "ControlNetXS")
+
+
 @pytest.mark.parametrize("size", [32, 48])
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionControlNetPipeline"])
+@pytest.mark.parametrize("name", [f"StableDiffusion{kind}Pipeline" for kind in FREED])
 def test_same_picture_with_freeu(tmp_path: Path, name: str, size: int) -> None:
     reference = tiny.build(name, tmp_path)
     pipe = ours(tmp_path, reference)

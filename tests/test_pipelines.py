@@ -471,3 +471,30 @@ def test_embeddings_of_every_family_instead_of_prompts(checkpoint: Checkpoint) -
                 given = dict(zip(names, pipe.encode_prompt(**texts), strict=True))
         got = assert_same(reference, pipe, **call, **given)
         np.testing.assert_allclose(got, pipe(**texts, **call, generator=seeded(3)).images, atol=1e-6)
+
+
+def test_a_unet_and_a_slim_side_are_joined_where_a_pipeline_is_built(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    _, base = checkpoint("StableDiffusionPipeline")
+    sizes = dict(block_out_channels=(32, 32), norm_num_groups=32, layers_per_block=2)  # the reference joins such alone faithfully
+    parts = {"unet": tiny.unet(**sizes)}
+    parts["controlnet"] = diffusers.ControlNetXSAdapter.from_unet(parts["unet"], 0.5, conditioning_embedding_out_channels=(8, 16))
+    for name, parameter in parts["controlnet"].named_parameters():
+        if "base" in name or "cond_embedding" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    for name, network in parts.items():
+        network.save_pretrained(tmp_path / name)
+    shared = {name: part for name, part in base.components.items() if name != "image_encoder"}
+    reference = diffusers.StableDiffusionControlNetXSPipeline(**{**shared, **parts}, requires_safety_checker=False)
+    reference.set_progress_bar_config(disable=True)
+    unet = sfumato.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    slim = sfumato.ControlNetXSAdapter.from_pretrained(tmp_path / "controlnet")
+    plain = ours(checkpoint("StableDiffusionPipeline")[0], base)
+    pipe = sfumato.StableDiffusionControlNetXSPipeline.from_pipe(plain, unet=unet, controlnet=slim)
+    pipe.set_progress_bar_config(disable=True)
+    assert_same(reference, pipe, **CALLS["StableDiffusionControlNetXSPipeline"])
+    assert sfumato.StableDiffusionControlNetXSImg2ImgPipeline.from_pipe(pipe).unet is pipe.unet
+    scales = [{"controlnet_conditioning_scale": scale} for scale in (0.5, torch.tensor(0.5))]
+    pictures = [pipe(**{**CALLS["StableDiffusionControlNetXSPipeline"], **scale}, generator=seeded(0)).images for scale in scales]
+    assert np.array_equal(*pictures)
+    with pytest.raises(TypeError, match="controlnet is a UNet2DConditionModel: expected a ControlNetXSAdapter"):
+        type(pipe).from_pipe(plain, controlnet=unet)

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...errors import ConfigError, check_choice
+from ...errors import ConfigError, check_choice, check_shape
 from ...outputs import BaseOutput
 from ..base import ModelMixin
 from ..layers.attention import additive_mask
 from ..layers.compute import Conv2d, pixels_last
 from ..layers.embeddings import TimestepEmbedding, sinusoids, time_tensor
+from ..layers.freeu import freed
 from ..layers.options import AttentionOptions, read_options
 from ..layers.resnet import Downsample2D, activate
 from ..layers.transformer_2d import Transformer2D
@@ -231,18 +232,23 @@ class _MidBlock(_Joined):
 class _UpBlock(_Joined):
     """A level of the way up, which the U-Net walks alone."""
 
+    can_be_freed = True
+
     def forward(
-        self, x: torch.Tensor, states: list[tuple[torch.Tensor, torch.Tensor | None]], c: Conditions, scale: Scale
-    ) -> torch.Tensor:
-        """Features (B, C, H, W), the states of both sides, last used first -> (B, C', 2H, 2W)."""
+        self, x: torch.Tensor, states: list[tuple[torch.Tensor, torch.Tensor | None]], c: Conditions, scale: Scale,
+        size: tuple[int, int] | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Features (B, C, H, W), the states of both sides, last used first -> (B, C', 2H, 2W), or of ``size``."""
         for i, (resnet, give) in enumerate(zip(self["resnets"], self["ctrl_to_base"], strict=True)):
             state, control = states[-1 - i]
             if control is not None:
                 x = x + give(control) * scale
+            if c.freeu is not None:
+                x, state = freed(x, state, *c.freeu)
             x = resnet(torch.cat([x, state], dim=1), c.activated)
             if "attentions" in self:
                 x = self["attentions"][i](x, c.context, c.mask, None, c.options)
-        return self["upsamplers"](x) if "upsamplers" in self else x
+        return self["upsamplers"](x, size) if "upsamplers" in self else x
 
 
 def _join(unet: UNet2DConditionModel, control: ControlNetXSAdapter) -> dict[str, Any]:
@@ -397,19 +403,16 @@ class UNetControlNetXSModel(ModelMixin):
             x, control, new = self.run_block(block, x, control, c, scale)
             states += new
         x = self.run_block(self.mid_block, x, control, c, scale)
-        for block in self.up_blocks:
+        for i, block in enumerate(self.up_blocks):
             states, taken = states[: -_LAYERS - 1], states[-_LAYERS - 1 :]
-            x = self.run_block(block, x, taken, c, scale)
+            x = self.run_block(block, x, taken, c.of_up_block(i), scale, states[-1][0].shape[2:] if states else None)
         x = self.base_conv_out(activate(self.base_conv_act, self.base_conv_norm_out(x)))
         return ControlNetXSOutput(x) if return_dict else (x,)
 
     def _check_inputs(
         self, sample: torch.Tensor, picture: torch.Tensor | None, labels: torch.Tensor | None, apply_control: bool
     ) -> None:
-        factor = 2 ** (len(self.down_blocks) - 1)
-        if sample.dim() != 4 or sample.shape[1] != 4 or sample.shape[2] % factor or sample.shape[3] % factor:
-            expected = f"(batch, 4, height, width) with height and width multiples of {factor}"
-            raise ValueError(f"sample has shape {tuple(sample.shape)}, this network expects {expected}")
+        check_shape("sample", sample, (None, 4, None, None))
         if labels is not None:
             raise ValueError("class_labels are given, but this network was built without classes: leave them out")
         if picture is not None:

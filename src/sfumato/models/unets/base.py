@@ -183,10 +183,8 @@ class UNetBase(ModelMixin):
     def _up(self, x: torch.Tensor, states: list[Any], c: Conditions, uneven: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The way up: the features, and the picture of blocks that make one."""
         picture: torch.Tensor | None = None
-        freeu = c.options.freeu
         for i, block in enumerate(self.up_blocks):
-            if freeu is not None:
-                c = c._replace(freeu=(freeu[:, i, 0], freeu[:, i, 1]) if i < freeu.shape[1] else None)
+            c = c.of_up_block(i)
             count = cast(int, block.num_states)
             taken = states[-count:]
             del states[-count:]

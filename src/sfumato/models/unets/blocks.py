@@ -33,6 +33,13 @@ class Conditions(NamedTuple):
     options: AttentionOptions = NO_OPTIONS  # of this call
     freeu: tuple[torch.Tensor, torch.Tensor] | None = None  # factors of skip connection and features (B,), of this block
 
+    def of_up_block(self, i: int) -> Conditions:
+        """The same with what FreeU asks of the ``i``-th block of the way up."""
+        freeu = self.options.freeu
+        if freeu is None:
+            return self
+        return self._replace(freeu=(freeu[:, i, 0], freeu[:, i, 1]) if i < freeu.shape[1] else None)
+
 
 @dataclass(frozen=True)
 class Shared:
