@@ -92,9 +92,7 @@ class Flux(FluxPicturePrompts):
         height, width = x.shape[-2:]
         tokens, count = self._inputs(x, conditioning), height // 2 * (width // 2)
         others = tokens["hidden_states"].shape[1] - count  # reference pictures, which control networks do not see
-        residuals: dict[str, Any] = {}
-        for name in RESIDUALS:
-            residuals[name] = [F.pad(residual, (0, 0, 0, others)) for residual in conditioning.several(name)] or None
+        residuals = {name: [F.pad(x, (0, 0, 0, others)) for x in conditioning.several(name)] or None for name in RESIDUALS}
         repeat = "controlnet" in self.component_names and reads_pictures(self.controlnet)
         options = attention_options(conditioning, weakening, (height // 2, width // 2))
         network = network_of(self, weakening)

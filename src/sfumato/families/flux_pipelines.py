@@ -75,11 +75,6 @@ class Fill(ImageToImage):
     arguments = "image mask_image masked_image_latents height width strength"
     needs_image = "filling needs a picture and a mask of the region to paint anew"
 
-    def check(self, run: Run) -> None:
-        super().check(run)
-        if run.args.mask_image is None:
-            raise ValueError(f"mask_image=None: {self.needs_image}")
-
     def prepare(self, run: Run) -> None:
         super().prepare(run)
         args, pipe, factor = run.args, run.pipe, run.pipe.latent_format.factor

@@ -28,22 +28,25 @@ class Several(ModelMixin):
 
     member: ClassVar[type[ModelMixin]]
     holder: ClassVar[str] = "nets"
+    ignore_for_config = ("controlnets",)  # the constructor's argument
 
-    def _collect(self, name: str, networks: Sequence[Any]) -> None:
-        """Takes the constructor's list, given under ``name``.
+    def __init__(self, controlnets: Sequence[Any]) -> None:
+        """Takes the list of networks.
 
         Raises:
             TypeError: It is no list, or something in it is no ``member``.
             ValueError: It is empty.
         """
-        if not isinstance(networks, (list, tuple)):
-            raise TypeError(f"{name} is a {type(networks).__name__}: expected a list of {self.member.__name__}")
-        for i, network in enumerate(networks):
+        super().__init__()
+        (name,) = self.ignore_for_config
+        if not isinstance(controlnets, (list, tuple)):
+            raise TypeError(f"{name} is a {type(controlnets).__name__}: expected a list of {self.member.__name__}")
+        for i, network in enumerate(controlnets):
             if not isinstance(network, self.member):
                 raise TypeError(f"{name}[{i}] is a {type(network).__name__}: expected a {self.member.__name__}")
-        if not networks:
+        if not controlnets:
             raise ValueError(f"{name} is empty: pass at least one {self.member.__name__}")
-        setattr(self, self.holder, nn.ModuleList(networks))
+        setattr(self, self.holder, nn.ModuleList(controlnets))
 
     @property
     def members(self) -> list[Any]:

@@ -27,14 +27,16 @@ class Task:
         "latents": LATENTS, "prompt_embeds": EMBEDS, "negative_prompt_embeds": NEGATIVE_EMBEDS,
     }  # fmt: skip
     scales_channels: ClassVar[bool] = False
-    needs_image: ClassVar[str] = ""  # why a call without a picture cannot work, where it cannot
+    needs_image: ClassVar[str] = ""  # why a call without a picture, or its mask, cannot work, where it cannot
 
     def check(self, run: Run) -> None:
         """Refuses arguments that cannot work, before any work is done."""
         args = run.args
         check_count(args, "num_inference_steps")
-        if self.needs_image and args.image is None:
-            raise ValueError(f"image=None: {self.needs_image}")
+        needed: tuple[str, ...] = ("image", "mask_image") if "mask_image" in self.arguments else ("image",)
+        for name in needed if self.needs_image else ():
+            if getattr(args, name) is None:
+                raise ValueError(f"{name}=None: {self.needs_image}")
         for name in ("guidance_scale", "image_guidance_scale", "guidance_rescale", "eta"):
             value = getattr(args, name)
             if not (isinstance(value, Real) and math.isfinite(value)):
@@ -267,8 +269,6 @@ class Inpaint(ImageToImage):
 
     def check(self, run: Run) -> None:
         super().check(run)
-        if run.args.mask_image is None:
-            raise ValueError(f"mask_image=None: {self.needs_image}")
         if run.args.padding_mask_crop is not None:
             if run.args.output_type != "pil":
                 raise ValueError(f"padding_mask_crop pastes PIL pictures: output_type={run.args.output_type!r} must be 'pil'")

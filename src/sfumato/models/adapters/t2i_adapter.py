@@ -142,8 +142,7 @@ class MultiAdapter(Several):
     ignore_for_config = ("adapters",)
 
     def __init__(self, adapters: Sequence[T2IAdapter]) -> None:
-        super().__init__()
-        self._collect("adapters", adapters)
+        super().__init__(adapters)
         factors = [(a.downscale_factor, a.total_downscale_factor) for a in adapters]
         if len(set(factors)) > 1:
             raise ConfigError(f"adapters reduce pictures differently, (first, all resolutions): {factors}; combine like ones")

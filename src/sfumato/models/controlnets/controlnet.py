@@ -21,7 +21,7 @@ from ..unets.base import shared_options
 from ..unets.blocks import Conditions, spread
 from ..unets.conditioning import ConditionedUNet
 from ..unets.unet_2d_condition import UNet2DConditionModel, down_levels
-from .residuals import start_from, zeroed
+from .residuals import following, zeroed
 
 _C = TypeVar("_C", bound="ControlNetBase")
 Scale = float | torch.Tensor
@@ -145,12 +145,8 @@ class ControlNetBase(ConditionedUNet):
             "conditioning_embedding_out_channels": conditioning_embedding_out_channels,
             "conditioning_channels": conditioning_channels,
         }
-        known = cls._init_parameters()
-        check_followed(unet, {*known, *_NOT_FOLLOWED})
-        network = cls(**{key: value for key, value in unet.config.items() if key in known}, **own)
-        if load_weights_from_unet:
-            start_from(network, unet)
-        return network
+        check_followed(unet, {*cls._init_parameters(), *_NOT_FOLLOWED})
+        return following(cls, unet, load_weights_from_unet, **own)
 
     def _embed_picture(self, name: str, picture: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """A picture (B, C, 8H, 8W), checked against ``sample`` -> its features (B, C', H, W)."""
@@ -265,11 +261,6 @@ class MultiControlNetModel(Several):
     """
 
     member = ControlNetModel
-    ignore_for_config = ("controlnets",)
-
-    def __init__(self, controlnets: Sequence[ControlNetModel]) -> None:
-        super().__init__()
-        self._collect("controlnets", controlnets)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, encoder_hidden_states: torch.Tensor | None,

@@ -196,11 +196,6 @@ class MultiControlNetUnionModel(Several):
     """
 
     member = ControlNetUnionModel
-    ignore_for_config = ("controlnets",)
-
-    def __init__(self, controlnets: Sequence[ControlNetUnionModel]) -> None:
-        super().__init__()
-        self._collect("controlnets", controlnets)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, encoder_hidden_states: torch.Tensor | None,

@@ -14,7 +14,7 @@ from ..layers.options import AttentionOptions, read_options
 from ..several import Several
 from ..transformers.flux import FluxBase, FluxTransformer2DModel
 from .controlnet import ControlNetConditioningEmbedding
-from .residuals import add_residuals, residual_layers, start_from, zeroed
+from .residuals import add_residuals, following, residual_layers, zeroed
 
 _Residuals = list[torch.Tensor] | None
 
@@ -84,13 +84,9 @@ class FluxControlNetModel(FluxBase):
         Raises:
             ConfigError: The transformer's weights do not fit.
         """
-        known = cls._init_parameters()
-        changes = {"num_layers": num_layers, "num_single_layers": num_single_layers}
-        changes |= {"attention_head_dim": attention_head_dim, "num_attention_heads": num_attention_heads}
-        network = cls(**{**{key: value for key, value in transformer.config.items() if key in known}, **changes})
-        if load_weights_from_transformer:
-            start_from(network, transformer)
-        return network
+        own = {"num_layers": num_layers, "num_single_layers": num_single_layers}
+        own |= {"attention_head_dim": attention_head_dim, "num_attention_heads": num_attention_heads}
+        return following(cls, transformer, load_weights_from_transformer, **own)
 
     def forward(
         self, hidden_states: torch.Tensor, controlnet_cond: torch.Tensor, controlnet_mode: torch.Tensor | None = None,
@@ -163,11 +159,6 @@ class FluxMultiControlNetModel(Several):
     """
 
     member = FluxControlNetModel
-    ignore_for_config = ("controlnets",)
-
-    def __init__(self, controlnets: Sequence[FluxControlNetModel]) -> None:
-        super().__init__()
-        self._collect("controlnets", controlnets)
 
     def forward(
         self, hidden_states: torch.Tensor, controlnet_cond: Sequence[torch.Tensor],

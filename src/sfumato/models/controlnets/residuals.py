@@ -1,9 +1,9 @@
-"""What the ControlNets of transformers share: outputs that are zero before training, a transformer's weights to start from."""
+"""What ControlNets share: outputs that are zero before training, the sizes and weights of what they follow to start from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from ..base import ModelMixin
 from ..layers.compute import Linear
 
 _M = TypeVar("_M", bound=nn.Module)
+_N = TypeVar("_N", bound=ModelMixin)
 
 
 def zeroed(layer: _M) -> _M:
@@ -27,21 +28,26 @@ def residual_layers(dim: int, count: int) -> nn.ModuleList:
     return nn.ModuleList(zeroed(Linear(dim, dim)) for _ in range(count))
 
 
-def start_from(network: ModelMixin, transformer: ModelMixin) -> None:
-    """Copies to a ControlNet the weights of a transformer that it has by the same names.
+def following(cls: type[_N], other: ModelMixin, load_weights: bool, **own: Any) -> _N:
+    """Builds a ControlNet with the configuration of a network that it follows, but for ``own``, in float32.
+
+    With ``load_weights`` it has the weights of the other where they have the same names.
 
     Raises:
         ConfigError: A weight has another shape.
     """
-    source, target = transformer.state_dict(), network.state_dict()
+    known = cls._init_parameters()
+    network = cls(**{**{key: value for key, value in other.config.items() if key in known}, **own})
+    source, target = other.state_dict() if load_weights else {}, network.state_dict()
     shared = {key: source[key] for key in target if key in source}
     for key, value in shared.items():
         if value.shape != target[key].shape:
             raise ConfigError(
-                f"{type(network).__name__} cannot take {key!r} of shape {tuple(value.shape)}, it has {tuple(target[key].shape)}: "
+                f"{cls.__name__} cannot take {key!r} of shape {tuple(value.shape)}, it has {tuple(target[key].shape)}: "
                 "ask for other sizes, fewer layers than the transformer's, or load_weights_from_transformer=False"
             )
     network.load_state_dict({**target, **shared})
+    return network
 
 
 def add_residuals(name: str, lists: Sequence[Sequence[torch.Tensor] | None]) -> list[torch.Tensor] | None:

@@ -13,7 +13,7 @@ from ..layers.embeddings import PatchEmbedding
 from ..layers.options import AttentionOptions, read_options
 from ..several import Several
 from ..transformers.sd3 import SD3Base, SD3Transformer2DModel
-from .residuals import add_residuals, residual_layers, start_from, zeroed
+from .residuals import add_residuals, following, residual_layers, zeroed
 
 
 @dataclass
@@ -72,12 +72,9 @@ class SD3ControlNetModel(SD3Base):
         Raises:
             ConfigError: The transformer's weights do not fit.
         """
-        changes = {"num_layers": num_layers or transformer.config.num_layers}
-        changes["extra_conditioning_channels"] = num_extra_conditioning_channels
-        network = cls(**{**{key: transformer.config[key] for key in transformer._init_parameters()}, **changes})
-        if load_weights_from_transformer:
-            start_from(network, transformer)
-        return network
+        own = {"num_layers": num_layers or transformer.config.num_layers}
+        own["extra_conditioning_channels"] = num_extra_conditioning_channels
+        return following(cls, transformer, load_weights_from_transformer, **own)
 
     def forward(
         self, hidden_states: torch.Tensor, controlnet_cond: torch.Tensor, conditioning_scale: float | torch.Tensor = 1.0,
@@ -126,11 +123,6 @@ class SD3MultiControlNetModel(Several):
     """
 
     member = SD3ControlNetModel
-    ignore_for_config = ("controlnets",)
-
-    def __init__(self, controlnets: Sequence[SD3ControlNetModel]) -> None:
-        super().__init__()
-        self._collect("controlnets", controlnets)
 
     def forward(
         self, hidden_states: torch.Tensor, controlnet_cond: Sequence[torch.Tensor],
