@@ -388,13 +388,18 @@ class UNetControlNetXSModel(ModelMixin):
             ValueError: An argument is unknown to the network, missing, or does not fit.
         """
         options = read_options("cross_attention_kwargs", cross_attention_kwargs)
-        self._check_inputs(sample, controlnet_cond if apply_control else None, class_labels, apply_control)
+        check_shape("sample", sample, (None, 4, None, None))
+        if class_labels is not None:
+            raise ValueError("class_labels are given, but this network was built without classes: leave them out")
         temb = self._embed_time(sample, timestep, timestep_cond, added_cond_kwargs or {}, apply_control)
         mask = None if attention_mask is None else additive_mask(attention_mask, temb.dtype)
         c = Conditions(temb, nn.functional.silu(temb), encoder_hidden_states, mask, None, options)
         scale, sample = read_scale(conditioning_scale, temb), pixels_last(sample)
         x, control = self.base_conv_in(sample), None
-        if apply_control and controlnet_cond is not None:
+        if apply_control:
+            if controlnet_cond is None:
+                raise ValueError("controlnet_cond=None: pass the picture, or apply_control=False for the U-Net alone")
+            self.controlnet_cond_embedding.check("controlnet_cond", controlnet_cond, sample)
             picture = controlnet_cond.flip(1) if self.config.ctrl_conditioning_channel_order == "bgr" else controlnet_cond
             control = self.ctrl_conv_in(sample) + self.controlnet_cond_embedding(picture)
             x = x + self.control_to_base_for_conv_in(control) * scale
@@ -408,17 +413,6 @@ class UNetControlNetXSModel(ModelMixin):
             x = self.run_block(block, x, taken, c.of_up_block(i), scale, states[-1][0].shape[2:] if states else None)
         x = self.base_conv_out(activate(self.base_conv_act, self.base_conv_norm_out(x)))
         return ControlNetXSOutput(x) if return_dict else (x,)
-
-    def _check_inputs(
-        self, sample: torch.Tensor, picture: torch.Tensor | None, labels: torch.Tensor | None, apply_control: bool
-    ) -> None:
-        check_shape("sample", sample, (None, 4, None, None))
-        if labels is not None:
-            raise ValueError("class_labels are given, but this network was built without classes: leave them out")
-        if picture is not None:
-            self.controlnet_cond_embedding.check("controlnet_cond", picture, sample)
-        elif apply_control:
-            raise ValueError("controlnet_cond=None: pass the picture, or apply_control=False for the U-Net alone")
 
     def _embed_time(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, condition: torch.Tensor | None,
