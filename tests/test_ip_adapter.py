@@ -80,7 +80,8 @@ def adapter_file(unet: Any, kind: str = "plain", seed: int = 0) -> dict[str, dic
     dim = unet.config.cross_attention_dim
     layers = {}
     modules = dict(unet.named_modules())
-    for i, name in enumerate(unet.attn_processors):
+    numbered = sorted((n for n in unet.attn_processors if "ctrl_" not in n), key=lambda n: n.startswith("mid"))  # the U-Net's own
+    for i, name in enumerate(numbered):
         if name.endswith("attn2.processor"):
             width = modules[name.removesuffix(".processor")].to_q.out_features
             layers |= {**linear(f"{i}.to_k_ip", width, dim, g, False), **linear(f"{i}.to_v_ip", width, dim, g, False)}
@@ -631,3 +632,24 @@ def test_a_network_is_saved_without_its_adapter(checkpoint: Checkpoint, tmp_path
     with pytest.raises(sfumato.ConfigError, match="unload_ip_adapter"):
         pipe.save_pretrained(tmp_path)
     assert not any(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_unet_that_is_joined_to_a_slim_side_reads_pictures_as_alone(checkpoint: Checkpoint) -> None:
+    """The slim side has no part in it; layers and scales are numbered and named as the U-Net's own."""
+    base = sfumato.DiffusionPipeline.from_pretrained(checkpoint(TEXT)[0])
+    encoder, processor = tiny.image_encoder(), tiny.image_processor()
+    torch.manual_seed(0)
+    theirs = type(checkpoint(TEXT)[1].unet).from_config({**base.unet.config, "layers_per_block": 2})
+    unet = sfumato.UNet2DConditionModel.from_config({**base.unet.config, "layers_per_block": 2}).eval()
+    slim = sfumato.ControlNetXSAdapter.from_unet(unet, 0.5, conditioning_embedding_out_channels=(8, 16))
+    plain = type(base).from_pipe(base, unet=unet, image_encoder=encoder, feature_extractor=processor)
+    joined = sfumato.StableDiffusionControlNetXSPipeline.from_pipe(plain, controlnet=slim)  # which adds nothing before training
+    call, pictures = {**CALLS[TEXT], "ip_adapter_image": tiny.picture(4)}, []
+    for pipe, more in ((plain, {}), (joined, {"image": tiny.picture(7)})):
+        pipe.set_progress_bar_config(disable=True)
+        before = pipe(**CALLS[TEXT], **more, generator=seeded(0)).images
+        pipe.load_ip_adapter(adapter_file(theirs))
+        pipe.set_ip_adapter_scale({"down": {"block_0": [0.2, 0.9]}, "mid": 0.5, "up": 0.7})
+        pictures.append(pipe(**call, **more, generator=seeded(0)).images)
+        assert np.abs(pictures[-1] - before).max() > 1e-2
+    np.testing.assert_allclose(*pictures, atol=1e-3)

@@ -62,39 +62,28 @@ class Steered(UNetFamily):
         return network_of(self, weakening)(x, t, **inputs, apply_control=acts, return_dict=False)[0]
 
 
-class StableDiffusionControlNetXSPipeline(Steered, StableDiffusion, task=Task(), adapters=(SLIM,), later=SCHEDULE):
+class StableDiffusionControlNetXSPipeline(Steered, StableDiffusion, task=Task(), adapters=(SLIM,), later=PICTURES + SCHEDULE):
     """Pictures from text, steered by a picture of edges, depth, pose ..."""
-
-    arguments = StableDiffusion.arguments.replace(PICTURES, "")
 
 
 class StableDiffusionControlNetXSImg2ImgPipeline(Steered, StableDiffusion, task=ImageToImage(), adapters=(BESIDE,), later=SCHEDULE):
     """Pictures from a picture and text, steered by a control picture."""
 
-    arguments = StableDiffusionControlNetXSPipeline.arguments
-
 
 class StableDiffusionControlNetXSInpaintPipeline(Steered, Inpainting, task=Inpaint(), adapters=(BESIDE,), later=SCHEDULE):
     """Paints a masked region anew, steered by a control picture."""
 
-    arguments = StableDiffusionControlNetXSPipeline.arguments
-
 
 class StableDiffusionXLControlNetXSPipeline(
-    Steered, StableDiffusionXL, task=Task(), adapters=(SLIM,), later=f"{SCHEDULE} denoising_end", defaults={"guidance_scale": 5.0}
-):
+    Steered, StableDiffusionXL, task=Task(), adapters=(SLIM,), later=f"{PICTURES} {SCHEDULE} denoising_end",
+    defaults={"guidance_scale": 5.0},
+):  # fmt: skip
     """Pictures from text, steered by a picture of edges, depth, pose ..."""
-
-    arguments = StableDiffusionXL.arguments.replace(PICTURES, "")
 
 
 class StableDiffusionXLControlNetXSImg2ImgPipeline(Steered, Refining, task=ImageToImage(), adapters=(BESIDE,)):
     """Pictures from a picture and text, steered by a control picture."""
 
-    arguments = Refining.arguments.replace(PICTURES, "")
-
 
 class StableDiffusionXLControlNetXSInpaintPipeline(Steered, Refining, task=Inpaint(), adapters=(BESIDE,)):
     """Paints a masked region anew, steered by a control picture."""
-
-    arguments = Refining.arguments.replace(PICTURES, "")

@@ -261,8 +261,8 @@ def _join(unet: UNet2DConditionModel, control: ControlNetXSAdapter) -> dict[str,
         **{f"ctrl_{name}": getattr(control, name) for name in ("conv_in", "time_embedding")},
         **{name: getattr(control, name) for name in ("controlnet_cond_embedding", "control_to_base_for_conv_in")},
         "down_blocks": nn.ModuleList(_DownBlock(*pair) for pair in levels[0]),
-        "mid_block": _MidBlock(nn.ModuleDict(middle), control.mid_block),
         "up_blocks": nn.ModuleList(_UpBlock(*pair, prefix="") for pair in levels[1]),
+        "mid_block": _MidBlock(nn.ModuleDict(middle), control.mid_block),  # in the order in which IP-Adapters number layers
     }
 
 
@@ -320,6 +320,7 @@ class UNetControlNetXSModel(ModelMixin):
         for name, part in _join(unet, control).items():
             setattr(self, name, part)
         self.base_conv_norm_out.eps = 1e-5  # the layers before have another
+        self.encoder_hid_proj: nn.Module | None = None  # of IP-Adapters
 
     @classmethod
     def from_unet(

@@ -106,11 +106,13 @@ class JointImagePromptAttention(ImagePromptAttention):
 def prompted_layers(network: nn.Module) -> dict[str, Attention | JointAttention]:
     """The attention layers that IP-Adapters reach, by name, in the order in which they number them.
 
-    Those to the text in a U-Net, and those of the joint blocks in a transformer: all that have an output projection.
+    Those to the text in a U-Net, but not in the slim side that may be joined to it, and those of the joint blocks in a
+    transformer: all that have an output projection.
     """
     found: dict[str, Attention | JointAttention] = {}
     for name, module in network.named_modules():
-        reads_text = isinstance(module, Attention) and name.endswith("attn2")
+        reads_text = isinstance(module, Attention) and name.endswith("attn2") and "ctrl_" not in name
         if reads_text or (isinstance(module, JointAttention) and isinstance(module.to_out, nn.Sequential)):
-            found[name.removeprefix("_orig_mod.")] = module  # which compiled networks put before it
+            # compiled networks put the one before it, joined ones the other within
+            found[name.removeprefix("_orig_mod.").replace("base_", "")] = module
     return found
