@@ -73,8 +73,8 @@ def test_transformers_have_the_layers_too() -> None:
     network = sfumato.FluxTransformer2DModel(**config, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8), in_channels=8)
     network.set_attention_backend("flex")
     assert sum(getattr(m, "attention_backend", "") == "flex" for m in network.modules()) == 2
-    with pytest.raises(ValueError, match="attention of FluxTransformer2DModel takes no processors"):
-        network.set_attn_processor(AttnProcessor())
+    with pytest.raises(ValueError, match="T2IAdapter has no attention, so it takes no processors"):
+        sfumato.T2IAdapter().set_attn_processor(AttnProcessor())
 
 
 @pytest.mark.parametrize("processor", [theirs.AttnProcessor(), theirs.AttnProcessor2_0(), AttnProcessor()])

@@ -9,6 +9,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_processor import JointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from tiny import noise, randomize
 from transformer_configs import CONTROL, MAIN, PUBLISHED, TINY
 
@@ -18,6 +20,7 @@ from sfumato.errors import ConfigError
 from sfumato.models.layers.compute import GELULinear, RMSNorm
 from sfumato.models.layers.joint_attention import Joint, JointAttention, JointBlock
 from sfumato.models.layers.options import AttentionOptions, Perturbation, joint_region_mask
+from sfumato.models.layers.processors import AttnProcessor
 from sfumato.models.layers.rope import rope_table, rotate
 
 
@@ -350,6 +353,47 @@ def test_compiles_with_what_a_call_asks_of_attention() -> None:
         found = compiled(**arguments, joint_attention_kwargs=AttentionOptions(**asked, size=size)).sample
         expected = network(**arguments, joint_attention_kwargs=AttentionOptions(**asked)).sample  # which counts the places
         assert_same([found], [expected])
+
+
+# --- callers' own processors
+
+PROCESSORS = {"sd3": JointAttnProcessor2_0, "sd3.5 medium": JointAttnProcessor2_0, "flux dev": FluxAttnProcessor}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@torch.no_grad()
+def test_processors_of_the_field_work_in_joint_attention(name: str) -> None:
+    network, arguments = ours(name), inputs(name)
+    expected = network(**arguments).sample
+    layers = [layer for layer in network.modules() if isinstance(layer, JointAttention)]
+    assert len(network.attn_processors) == len(layers)
+    network.set_attn_processor(PROCESSORS[name]())
+    assert all(isinstance(layer.get_processor(), PROCESSORS[name]) for layer in layers)
+    assert_same([network(**arguments).sample], [expected])
+    network.set_attn_processor(AttnProcessor())
+    assert torch.equal(network(**arguments).sample, expected)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@torch.no_grad()
+def test_a_processor_can_wrap_the_layers_own_computation(name: str) -> None:
+    network, arguments, seen = ours(name), inputs(name), []
+
+    class Wrapper:
+        def __call__(self, attn: Any, hidden_states: torch.Tensor, **more: Any) -> Any:
+            seen.append(sorted(more))
+            return AttnProcessor()(attn, hidden_states, **more)
+
+    expected = network(**arguments).sample
+    network.set_attn_processor(Wrapper())
+    assert_same([network(**arguments).sample], [expected])
+    rope = ["image_rotary_emb"] if name == "flux dev" else []
+    assert seen == [["attention_mask", "encoder_hidden_states", *rope]] * len(network.attn_processors)
+    if name == "flux dev":  # whose mask of regions reaches the layers that see the text among the image
+        asked = AttentionOptions(regions=torch.tensor([[[[1.0, 0.0]]]]).expand(2, -1, -1, -1))
+        kept = network(**arguments, joint_attention_kwargs=asked).sample
+        network.set_attn_processor(AttnProcessor())
+        assert_same([kept], [network(**arguments, joint_attention_kwargs=asked).sample])
 
 
 # --- what a call asks of attention

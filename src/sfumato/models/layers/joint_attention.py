@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from .attention import attend
 from .compute import GELULinear, Linear, RMSNorm
 from .modulation import Modulation, add_gated, modulated, within_float16
 from .options import NO_OPTIONS, AttentionOptions, blur_queries, joint_region_mask
+from .processors import Processable
 from .rope import rotate
 
 
@@ -63,7 +64,7 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-class JointAttention(nn.Module):
+class JointAttention(nn.Module, Processable):
     """Multi-head attention over text and image tokens, each with projections of their own.
 
     Args:
@@ -75,14 +76,15 @@ class JointAttention(nn.Module):
     """
 
     attention_backend = "native"
+    fused_projections = False  # callers' processors ask for this
 
     def __init__(
         self, dim: int, heads: int, dim_head: int, *, qk_norm: bool, text: bool = True, text_out: bool = True, out: bool = True
     ) -> None:
         super().__init__()
-        self.heads, inner = heads, heads * dim_head
+        self.heads, self.head_dim, inner = heads, dim_head, heads * dim_head
         self.to_q, self.to_k, self.to_v = Linear(dim, inner), Linear(dim, inner), Linear(dim, inner)
-        self.to_out = nn.Sequential(Linear(inner, dim)) if out else nn.Identity()
+        self.to_out = nn.Sequential(Linear(inner, dim), nn.Identity()) if out else nn.Identity()
         self.norm_q, self.norm_k = (RMSNorm(dim_head, 1e-6) if qk_norm else None for _ in range(2))
         self.to_add_out: nn.Module | None = None
         self.processor: nn.Module | None = None  # attention to picture prompts, while an IP-Adapter is loaded
@@ -90,9 +92,32 @@ class JointAttention(nn.Module):
             self.add_q_proj, self.add_k_proj, self.add_v_proj = Linear(dim, inner), Linear(dim, inner), Linear(dim, inner)
             self.norm_added_q, self.norm_added_k = (RMSNorm(dim_head, 1e-6) if qk_norm else None for _ in range(2))
             self.to_add_out = Linear(inner, dim) if text_out else None
+        self.context_pre_only, self.added_kv_proj_dim = self.to_add_out is None, dim if text else None  # this too
 
     def forward(self, x: torch.Tensor, text: torch.Tensor | None, joint: Joint) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``x`` (B, N, C) and ``text`` (B, M, C), already in ``x`` if it is ``None`` -> what each of them found."""
+        """``x`` (B, N, C) and ``text`` (B, M, C), already in ``x`` if it is ``None`` -> what each of them found.
+
+        A caller's processor that stands in place of the computation gets the mask and the rotary positions, no other options.
+        """
+        if self.custom_processor is None:
+            return self._found(x, text, joint)
+        given: dict[str, Any] = {"encoder_hidden_states": text, "attention_mask": joint.mask}
+        if joint.rope is not None:  # (..., S, 1, D / 2, 2) -> cosines and sines (..., S, D), as processors know them
+            given["image_rotary_emb"] = tuple(part.squeeze(-2).repeat_interleave(2, dim=-1) for part in joint.rope.unbind(-1))
+        found: Any = self.custom_processor(self, x, **given)
+        from_image, from_text = found if isinstance(found, tuple) else (found, None)
+        return from_image, None if self.to_add_out is None else from_text
+
+    def own_forward(
+        self, x: torch.Tensor, text: torch.Tensor | None = None, mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """What the layer computes of a processor's arguments: of the image, and of the text where it is given."""
+        rope = None if image_rotary_emb is None else torch.stack([part[..., ::2] for part in image_rotary_emb], dim=-1)
+        found = self._found(x, text, Joint(x, 0, rope=None if rope is None else rope.unsqueeze(-3), mask=mask))
+        return found[0] if text is None else found
+
+    def _found(self, x: torch.Tensor, text: torch.Tensor | None, joint: Joint) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = (self._heads(x, projection) for projection in (self.to_q, self.to_k, self.to_v))
         prompted = None
         if self.processor is not None and self.processor.joined and joint.options.image_times:

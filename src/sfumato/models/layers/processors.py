@@ -2,6 +2,9 @@
 
 A processor is called as ``processor(attn, hidden_states, encoder_hidden_states=..., attention_mask=...)`` and uses the layer's
 projections and the methods here. It stands in place of the layer's own computation, options of the call included.
+
+In joint attention ``encoder_hidden_states`` is the text, and where it is given the answer is a pair, of the image and of the text.
+FLUX.1 passes ``image_rotary_emb``, cosines and sines (S, D), besides.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from torch import nn
 
 from ...errors import did_you_mean
 
-Processor = Callable[..., torch.Tensor]
+Processor = Callable[..., Any]
 
 
 class AttnProcessor:
@@ -22,10 +25,11 @@ class AttnProcessor:
 
     def __call__(
         self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+        attention_mask: torch.Tensor | None = None, image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Any:  # fmt: skip
         """What the layer computes without a processor."""
-        return attn.own_forward(hidden_states, encoder_hidden_states, attention_mask)
+        rope = {} if image_rotary_emb is None else {"image_rotary_emb": image_rotary_emb}
+        return attn.own_forward(hidden_states, encoder_hidden_states, attention_mask, **rope)
 
 
 class Processable:
@@ -79,7 +83,7 @@ def set_processors(network: nn.Module, given: Processor | Mapping[str, Processor
     """
     layers = {f"{n}.processor": layer for n, layer in network.named_modules() if isinstance(layer, Processable)}
     if not layers:
-        raise ValueError(f"the attention of {type(network).__name__} takes no processors: that of U-Nets and autoencoders does")
+        raise ValueError(f"{type(network).__name__} has no attention, so it takes no processors")
     if not isinstance(given, Mapping):
         given = dict.fromkeys(layers, given)
     for name in given.keys() - layers.keys():
