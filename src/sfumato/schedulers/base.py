@@ -229,7 +229,7 @@ class SchedulerMixin(ConfigMixin):
 
     def _time(self, timestep: Time) -> float:
         """Returns the timestep as a number; to read an element of ``timesteps``, or a view of it, does not wait for the device."""
-        if not isinstance(timestep, Tensor) or (timestep.numel() == 1 and timestep.device.type == "cpu"):
+        if not isinstance(timestep, Tensor) or (timestep.is_cpu and timestep.numel() == 1):
             return float(timestep)
         one = timestep.dtype == self.timesteps.dtype and (timestep.numel() == 1 or not any(timestep.stride()))
         if one and timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
@@ -321,10 +321,9 @@ class LevelScheduler(SchedulerMixin):
 
     def _denoise(self, output: Tensor, x: Tensor, alpha: float, sigma: float) -> Tensor:
         """Returns the denoised sample of ``x = alpha * x0 + sigma * noise``, bounded as the configuration says."""
-        c = self.config
         x0 = mix(self._coefficients(alpha, sigma), x, output)
         if self._thresholds:
-            return dynamic_threshold(x0, c["dynamic_thresholding_ratio"], c["sample_max_value"])
+            return dynamic_threshold(x0, self.config["dynamic_thresholding_ratio"], self.config["sample_max_value"])
         if self._clips:
             return (x0.clamp if x0 is output else x0.clamp_)(-self._range, self._range)
         return x0
@@ -393,7 +392,7 @@ class StepScheduler(LevelScheduler):
 
     def _signal_noise(self, step: int) -> tuple[float, float]:
         """Returns the factors of signal and noise at a training step."""
-        return math.sqrt(self._alpha_bar_at(step)), math.sqrt(1 - self._alpha_bar_at(step))
+        return math.sqrt(alpha_bar := self._alpha_bar_at(step)), math.sqrt(1 - alpha_bar)
 
     def _share(self, timesteps: Tensor) -> Tensor:
         return self.alphas_cumprod.to(timesteps.device)[timesteps]

@@ -39,11 +39,11 @@ class DDPMScheduler(StepScheduler):
             raise self._no_such(t)
         step = alpha_bar, previous, beta = self._step(t, following)
         output, predicted = split_variance(output, x.shape[1], self.config["variance_type"])
-        weights, x0 = self._mean(output, x, *step)
+        (of_x0, of_x), x0 = self._mean(output, x, *step)
         if not t:
-            return mix(weights, x0, x), x0
+            return mix((of_x0, of_x), x0, x), x0
         deviation = self._deviation(max((1 - previous) / (1 - alpha_bar) * beta, 1e-20), beta, predicted)
-        return blend((1.0, *weights), (noise_like(output, generator, deviation), x0, x)), x0
+        return torch.add(noise_like(output, generator, deviation), x0, alpha=of_x0).add_(x, alpha=of_x), x0
 
     def _step(self, t: int, following: int) -> tuple[float, float, float]:
         """Returns ``alpha_bar`` before and after a step, and the variance of the noise between."""
@@ -265,7 +265,7 @@ class RePaintScheduler(DDIMScheduler):
         spread = math.sqrt(1 - previous)
         noise = noise_like(output, generator, 1.0 if eta else spread)  # the unknown region needs the noise itself
         unknown, x0 = super().update(output, t, x, eta, False, None, noise if eta else None)
-        known = blend((spread if eta else 1.0, math.sqrt(previous)), (noise, wide(picture)))
+        known = torch.add(noise.mul_(spread) if eta else noise, wide(picture), alpha=math.sqrt(previous))
         return torch.lerp(unknown, known, mask.to(unknown)), x0
 
     def undo_step(self, sample: Tensor, timestep: Time, generator: Generators = None) -> Tensor:
@@ -336,9 +336,9 @@ class DDPMWuerstchenScheduler(LevelScheduler):
         """Posterior mean and deviation (arXiv:2006.11239 eqs. 11 and 7); the step to time 0 adds no noise."""
         alpha_bar, previous = self._alpha_bars[i], self._alpha_bars[i + 1]
         kept = alpha_bar / previous
-        weights = 1 / math.sqrt(kept), (kept - 1) / math.sqrt(kept * (1 - alpha_bar))
+        of_x, of_output = 1 / math.sqrt(kept), (kept - 1) / math.sqrt(kept * (1 - alpha_bar))
         deviation = math.sqrt((1 - kept) * (1 - previous) / (1 - alpha_bar)) if self._times[i + 1] else 0.0
-        return blend((1.0, *weights), (noise_like(output, generator, deviation), x, output))
+        return torch.add(noise_like(output, generator, deviation), x, alpha=of_x).add_(output, alpha=of_output)
 
 
 class CogVideoXDDIMScheduler(DDIMScheduler):
@@ -383,4 +383,4 @@ class CogVideoXDPMScheduler(CogVideoXDDIMScheduler):
             noise = noise_like(output, generator, deviation)  # of two draws the second counts
             back = self._alpha_bar[self._training_step(timestep_back)]
             slope = torch.lerp(wide(last), x0, 1 + h / (2 * here - log_snr(back, 1 - back)))
-        return blend((1.0, keep, math.sqrt(previous) * fresh), (noise, x, slope)), x0
+        return torch.add(noise, x, alpha=keep).add_(slope, alpha=math.sqrt(previous) * fresh), x0
