@@ -120,10 +120,10 @@ class ScoreSdeVeScheduler(SchedulerMixin):
     ) -> SdeVeOutput | tuple[Tensor, ...]:
         """Predictor: reverse diffusion by one noise level (eq. 47); the output is the score. See :meth:`SchedulerMixin.step`."""
         last = len(self._times) - 1
-        i = int(np.float32(self._time(timestep)) * np.float32(last))
+        i = int(np.float32(self._time(timestep) * last))
         variance = self._levels[i] ** 2 - (self._levels[i - 1] if i else 0.0) ** 2
         mean = torch.add(sample, model_output, alpha=variance)
-        new = torch.add(mean, noise_like(sample, generator), alpha=math.sqrt(variance))
+        new = noise_like(sample, generator, math.sqrt(variance)).add_(mean)
         return SdeVeOutput(new, mean) if return_dict else (new, mean)
 
     def step_correct(
@@ -159,4 +159,4 @@ class ScoreSdeVpScheduler(SchedulerMixin):
         spread = math.sqrt(1 - float(np.exp(np.float32(-(now**2) / 2 * (high - low) - now * low))))
         beta = (low + now * (high - low)) / count
         mean = torch.add(x, x, alpha=beta / 2).sub_(score, alpha=beta / spread)
-        return torch.add(mean, noise_like(x, generator), alpha=math.sqrt(beta)), mean
+        return noise_like(x, generator, math.sqrt(beta)).add_(mean), mean
