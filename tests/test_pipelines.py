@@ -17,6 +17,7 @@ import sfumato
 
 SCHEDULERS = NAMES[:6]  # the matrix walks the others
 TEXT = dict(prompt="a red cat", negative_prompt="blue", num_inference_steps=4, output_type="np")
+FEW = dict(prompt="a red cat", num_inference_steps=4, output_type="np")
 SMALL = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
 
 
@@ -73,12 +74,15 @@ CALLS: dict[str, dict[str, Any]] = {
     "StableDiffusion3ControlNetPipeline": {**TEXT, "control_image": tiny.picture(7)},
     "StableDiffusion3ControlNetInpaintingPipeline": {**TEXT, "control_image": tiny.picture(7), "control_mask": tiny.mask()},
     **{name: flux_call(name) for name in tiny.FLUX},
+    "LatentConsistencyModelPipeline": FEW,
+    "LatentConsistencyModelImg2ImgPipeline": {**FEW, "image": tiny.picture(), "strength": 0.75},
     "DDPMPipeline": {"num_inference_steps": 4, "output_type": "np", "batch_size": 2},
     "DDIMPipeline": {"num_inference_steps": 4, "output_type": "np", "batch_size": 2, "eta": 0.5},
     "LDMSuperResolutionPipeline": {"image": SMALL, "num_inference_steps": 4, "output_type": "np"},
 }
 CALLS |= {name: CALLS[name.replace("PAG", "")] for name in tiny.PAG}
 FLOWS = ("StableDiffusion3", "Flux", "schnell")
+OWN_SCHEDULER = (*FLOWS, "LatentConsistency")
 Checkpoint = Callable[[str], tuple[Path, Any]]
 
 
@@ -130,11 +134,11 @@ def test_same_picture_with_every_scheduler(checkpoint: Checkpoint, name: str, sc
         pytest.skip("the reference's pipeline draws the steps' noise from the global generator")
     if name == "StableDiffusionXLAdapterPipeline" and scheduler == "PNDMScheduler":
         pytest.skip("the reference leaves the adapter out of PNDM's last step")
-    if name.startswith(FLOWS) and scheduler != SCHEDULERS[0]:
-        pytest.skip("flow models keep their scheduler")
+    if name.startswith(OWN_SCHEDULER) and scheduler != SCHEDULERS[0]:
+        pytest.skip("flow and consistency models keep their scheduler")
     folder, reference = checkpoint(name)
     pipe = ours(folder, reference)
-    if name.startswith(FLOWS):
+    if name.startswith(OWN_SCHEDULER):
         assert_same(reference, pipe, **CALLS[name])
         return
     assert_same(with_scheduler(diffusers, reference, scheduler), with_scheduler(sfumato, pipe, scheduler), **CALLS[name])
@@ -205,6 +209,12 @@ def test_what_we_save_the_reference_loads(checkpoint: Checkpoint, name: str, tmp
 
 
 VARIED = {
+    "LCM, guidance": ("LatentConsistencyModelPipeline", dict(guidance_scale=3.0, num_inference_steps=2)),
+    "LCM, no guidance": ("LatentConsistencyModelPipeline", dict(guidance_scale=1.0)),
+    "LCM, another origin": ("LatentConsistencyModelPipeline", dict(original_inference_steps=20, num_inference_steps=7)),
+    "LCM, own timesteps": ("LatentConsistencyModelPipeline", dict(timesteps=[901, 600, 333, 60])),
+    "LCM, little strength": ("LatentConsistencyModelImg2ImgPipeline", dict(strength=0.3, original_inference_steps=40)),
+    "LCM, latents out": ("LatentConsistencyModelPipeline", dict(output_type="latent")),
     "no guidance": ("StableDiffusionPipeline", dict(guidance_scale=1.0)),
     "rescaled guidance": ("StableDiffusionPipeline", dict(guidance_rescale=0.7)),
     "eta": ("StableDiffusionPipeline", dict(eta=0.7)),
@@ -453,6 +463,29 @@ def test_callbacks_change_latents_and_prompts_as_in_the_reference(checkpoint: Ch
     assert_same(reference, ours(folder, reference), **call)
     half = len(seen) // 2
     assert half > 1 and seen[:half] == seen[half:]  # the same tensors, in the same shapes, packed where the reference packs
+
+
+def test_callbacks_of_consistency_models_see_and_change_their_own_tensors(checkpoint: Checkpoint) -> None:
+    def change(pipe: Any, index: int, t: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            "denoised": tensors["denoised"] * 0.9,
+            "w_embedding": tensors["w_embedding"] * 1.1,
+            "latents": tensors["latents"] * 0.8,
+        }
+
+    folder, reference = checkpoint("LatentConsistencyModelPipeline")
+    call = {**FEW, "callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["denoised", "w_embedding", "latents"]}
+    assert_same(reference, ours(folder, reference), **call)
+
+
+def test_consistency_models_need_a_unet_that_reads_the_scale(checkpoint: Checkpoint) -> None:
+    folder, reference = checkpoint("LatentConsistencyModelPipeline")
+    pipe = ours(folder, reference)
+    other = sfumato.AutoPipelineForImage2Image.from_pipe(pipe)
+    assert type(other) is sfumato.LatentConsistencyModelImg2ImgPipeline and other.unet is pipe.unet
+    plain = sfumato.StableDiffusionPipeline.from_pretrained(checkpoint("StableDiffusionPipeline")[0])
+    with pytest.raises(ValueError, match=r"time_cond_proj_dim=None.*use StableDiffusionPipeline, with LCMScheduler"):
+        sfumato.LatentConsistencyModelPipeline.from_pipe(plain)
 
 
 def test_embeddings_of_every_family_instead_of_prompts(checkpoint: Checkpoint) -> None:

@@ -185,6 +185,11 @@ def _stable_diffusion(name: str, folder: Path) -> Any:
     return cls(**parts, **_text(folder), requires_safety_checker=False)
 
 
+def _latent_consistency(name: str, folder: Path) -> Any:
+    parts = dict(unet=unet(time_cond_proj_dim=16), vae=vae(), scheduler=scheduler("LCMScheduler"), safety_checker=None)
+    return getattr(diffusers, name)(**parts, **_text(folder), feature_extractor=None, requires_safety_checker=False)
+
+
 def _depth(name: str, folder: Path) -> Any:
     parts = dict(unet=unet(in_channels=5), vae=vae(), scheduler=scheduler(), depth_estimator=depth_estimator())
     extractor = transformers.DPTImageProcessor(size={"height": 16, "width": 16})
@@ -439,6 +444,7 @@ _BUILDERS = {
     **dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "refiner"), _stable_diffusion_xl),
     **dict.fromkeys(("StableDiffusionXLInpaintPipeline", "xl inpaint9"), _stable_diffusion_xl),
     "StableDiffusionXLInstructPix2PixPipeline": _stable_diffusion_xl,
+    **dict.fromkeys(("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"), _latent_consistency),
     "StableDiffusionDepth2ImgPipeline": _depth,
     "StableDiffusionUpscalePipeline": _upscale,
     "StableDiffusionLatentUpscalePipeline": _latent_upscale,

@@ -83,6 +83,7 @@ _MODULES: dict[str, str] = {
     "families.controlnet_xs_pipelines": "StableDiffusionControlNetXSPipeline StableDiffusionControlNetXSImg2ImgPipeline"
     " StableDiffusionControlNetXSInpaintPipeline StableDiffusionXLControlNetXSPipeline"
     " StableDiffusionXLControlNetXSImg2ImgPipeline StableDiffusionXLControlNetXSInpaintPipeline",
+    "families.latent_consistency": "LatentConsistencyModelPipeline LatentConsistencyModelImg2ImgPipeline",
     "families.flux_redux": "FluxPriorReduxPipeline",
     "families.latent_upscaler": "StableDiffusionLatentUpscalePipeline",
     "families.unconditional": "DDPMPipeline DDIMPipeline LDMSuperResolutionPipeline",

@@ -75,6 +75,7 @@ CATALOGUE: dict[str, Parameter] = {
     "num_inference_steps": Parameter(50, "Number of denoising steps."),
     "timesteps": Parameter(None, "Own timesteps, descending, where the scheduler takes them."),
     "sigmas": Parameter(None, "Own noise levels, descending, where the scheduler takes them."),
+    "original_inference_steps": Parameter(None, "Steps of the sampler that the model was distilled from; by default configured."),
     "guidance_scale": Parameter(7.5, "Weight of the prompt (classifier-free guidance, arXiv:2207.12598); 1 turns it off."),
     "pag_scale": Parameter(3.0, "Weight of perturbed-attention guidance (arXiv:2403.17377); 0 turns it off."),
     "pag_adaptive_scale": Parameter(0.0, "What each timestep below 1000 takes from `pag_scale`, down to 0."),

@@ -192,7 +192,7 @@ class Run:
         t = self.timesteps[self.index]
         parts = [part for whole in predictions for part in (whole.split(self.batch) if len(whole) > self.batch else (whole,))]
         out = self.scheduler.step(self.guidance.combine(parts, self), t, self.latents, **self.step_options)
-        self.denoised = getattr(out, "pred_original_sample", None)
+        self.denoised = getattr(out, "denoised", getattr(out, "pred_original_sample", None))
         self.latents = self.task.after_step(self, out.prev_sample).to(self.latents.dtype)
         self._report(t)
         self.index += 1
