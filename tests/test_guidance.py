@@ -404,6 +404,21 @@ def test_weaker_network_is_the_papers_formula(checkpoint: Checkpoint) -> None:
         final(3.0, "small")
 
 
+def test_the_weaker_network_of_a_steered_unet_can_be_a_unet_alone(checkpoint: Checkpoint) -> None:
+    pipe, plain = ours(*checkpoint("StableDiffusionControlNetXSPipeline")), ours(*checkpoint("StableDiffusionPipeline"))
+    for name in ("text_encoder", "tokenizer", "scheduler"):
+        setattr(plain, name, getattr(pipe, name))
+    call, edges = {"prompt": "a red cat", "num_inference_steps": 1, "height": 32, "width": 32}, {"image": tiny.picture(7)}
+
+    def predictions(pipe: Any, guidance: Any, **more: Any) -> list[torch.Tensor]:
+        return sfumato.evaluate(pipe, pipe.start(**call, **more, guidance=guidance, generator=seeded(0)).requests())
+
+    weak, strong = predictions(pipe, sfumato.AutoGuidance(3.0, network=plain.unet), **edges)
+    torch.testing.assert_close(strong, predictions(pipe, sfumato.NoGuidance(), **edges)[0])
+    torch.testing.assert_close(weak, predictions(plain, sfumato.NoGuidance())[0])
+    assert not torch.allclose(weak, strong, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..models.controlnets.controlnet_xs import ControlNetXSAdapter, UNetControlNetXSModel
+from ..models.unets.unet_2d_condition import UNet2DConditionModel
 from ..pipelines.adapters import Control, ControlNet
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.guidance import WHOLE, Weakening
@@ -58,6 +59,9 @@ class Steered(UNetFamily):
         return {"controlnet_cond": picture, "conditioning_scale": scale}
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, weakening: Weakening = WHOLE) -> torch.Tensor:
+        if isinstance(weakening.network, UNet2DConditionModel):  # guidance away from a U-Net alone, without a slim side
+            alone = {key: value for key, value in conditioning.items() if key not in ("controlnet_cond", "conditioning_scale")}
+            return super().predict(x, t, Conditioning(alone), weakening)
         inputs, acts = unet_inputs(conditioning, weakening), "controlnet_cond" in conditioning
         return network_of(self, weakening)(x, t, **inputs, apply_control=acts, return_dict=False)[0]
 
