@@ -437,8 +437,9 @@ def test_what_only_we_refuse() -> None:
         scheduler = getattr(ours, name)()
         scheduler.set_timesteps(4)
         places = (None, 0, None) if "DPM" in name else (0,)
-        with pytest.raises(ValueError, match="eta"):
-            scheduler.step(x, *places, x, eta=0.5)
+        for given in ({"eta": 0.5}, {"variance_noise": x}):
+            with pytest.raises(ValueError, match=r"eta.* and variance_noise"):
+                scheduler.step(x, *places, x, **given)
     tcd = ours.TCDScheduler()
     tcd.set_timesteps(4)
     with pytest.raises(ValueError, match=r"eta=1\.5"):
@@ -506,6 +507,14 @@ def test_boundary_conditions() -> None:
     trig = ours.SCMScheduler()
     trig.set_timesteps(1, timesteps=[0.0, 0.0], max_timesteps=None, intermediate_timesteps=None)
     close(trig.step(output, 0.0, x).pred_original_sample, x)
+
+
+def test_repaint_takes_no_more_steps_than_there_are() -> None:
+    reference, scheduler = pair("RePaintScheduler", {"num_train_timesteps": 20})
+    for s in (reference, scheduler):
+        s.set_timesteps(50)
+    close(scheduler.timesteps, reference.timesteps)
+    assert scheduler.num_inference_steps == reference.num_inference_steps
 
 
 def test_repaint_keeps_the_known_region() -> None:

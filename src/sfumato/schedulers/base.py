@@ -363,7 +363,7 @@ class StepScheduler(LevelScheduler):
     """Base of the solvers that know a noise level by its training step, which is the position that ``update`` is given."""
 
     predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction")
-    _most = 0
+    _most: ClassVar[int | None] = 0
 
     def _build(self) -> None:
         super()._build()
@@ -372,8 +372,8 @@ class StepScheduler(LevelScheduler):
         self._set_schedule(np.arange(len(self))[::-1])
 
     def _stops(self, count: int) -> np.ndarray:
-        stops = integer_steps(self.config["timestep_spacing"], count, len(self), self.config["steps_offset"])
-        return stops.round().astype(np.int64)
+        spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
+        return integer_steps(spacing, count, len(self), offset).round().astype(np.int64)
 
     def _training_step(self, timestep: Time) -> int:
         value = self._time(timestep)

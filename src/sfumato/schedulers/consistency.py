@@ -240,8 +240,7 @@ class SCMScheduler(ConsistencyScheduler):
         if timesteps is not None and len(timesteps) != count + 1:
             raise ValueError(f"num_inference_steps={count}, expected one less than there are timesteps")
         if intermediate_timesteps is not None and (count != 2 or timesteps is not None):
-            given = f"intermediate_timesteps={intermediate_timesteps}"
-            raise ValueError(f"{given} is for num_inference_steps=2 without timesteps: set it to None")
+            raise ValueError(f"intermediate_timesteps={intermediate_timesteps} is for num_inference_steps=2 alone: set it to None")
         if timesteps is not None:
             times = np.array(torch.as_tensor(timesteps).tolist())
         else:

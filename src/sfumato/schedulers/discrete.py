@@ -97,7 +97,7 @@ class DDIMScheduler(StepScheduler):
         predicted = "sample" if reclip else self._kind
         predicted_noise = mix(noise_coefficients(predicted, alpha, sigma), x, x0 if reclip else output)
         new = mix((math.sqrt(previous), math.sqrt(max(1 - previous - variance, 0.0))), x0, predicted_noise)
-        return new if noise is None else new.add_(noise, alpha=math.sqrt(variance)), x0
+        return new.add_(noise, alpha=math.sqrt(variance)) if eta and noise is not None else new, x0
 
 
 class PNDMScheduler(StepScheduler):
@@ -244,6 +244,7 @@ class RePaintScheduler(DDIMScheduler):
 
     config_keys = "num_train_timesteps beta_start beta_end beta_schedule eta trained_betas clip_sample"
     step_takes = "original_image, mask, generator=None"
+    _most = None  # more than the training steps mean all of them
 
     def set_timesteps(
         self, num_inference_steps: int, jump_length: int = 10, jump_n_sample: int = 10, device: Device = None
@@ -355,8 +356,10 @@ class CogVideoXDDIMScheduler(DDIMScheduler):
         self._clips = False  # the keys of clipping are part of published files but have no effect
 
     def update(self, output: Tensor, t: int, x: Tensor, eta: float = 0.0, *more: Any) -> Update:
-        if eta:
-            raise ValueError(f"eta={eta} is not for CogVideoX's schedulers: leave it at 0, or use DDIMScheduler")
+        if eta or more[-1] is not None:
+            raise ValueError(
+                f"eta={eta} and variance_noise are not for CogVideoX's schedulers: leave them out, or use DDIMScheduler"
+            )
         return super().update(output, t, x, 0.0, more[0])
 
 

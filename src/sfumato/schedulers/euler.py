@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..random import BrownianNoise, Generators, noise_like, randn
+from ..random import BrownianNoise, Generators, noise_like
 from .base import Count, Device, LevelScheduler, Run, SigmaScheduler, Time, Update, Values
 from .noise import shift_flow, sigma_ramp
 from .prediction import blend, polynomial_weights
@@ -79,8 +79,7 @@ class ExplodingScheduler(SigmaScheduler):
         if self.is_flow:
             raise ValueError(f"s_churn={amount} raises the noise level, which a flow cannot exceed at its start: set s_churn=0")
         raised = sigma * (1 + min(amount / (len(self._sigmas) - 1), math.sqrt(2) - 1))
-        noise = randn(x.shape, generator=generator, device=x.device, dtype=dtype)
-        return x + noise * (factor * math.sqrt(raised**2 - sigma**2)), raised
+        return x + noise_like(x.to(dtype), generator, factor * math.sqrt(raised**2 - sigma**2)), raised
 
     def _renoise(self, x: Tensor, down: float, up: float, noise: Tensor, factor: float = 1.0) -> Tensor:
         """Brings ``x`` from the level ``down`` back to ``up``, in place, with noise of the variance that is missing there."""
@@ -330,17 +329,17 @@ class FlowScheduler(ExplodingScheduler):
 
 
 class FlowMatchEulerDiscreteScheduler(FlowScheduler):
-    """Euler's method for flow models."""
+    """Euler's method for flow models.
+
+    ``set_timesteps`` takes a number of steps, levels without the one to end at, ``timesteps``, or several of these of one length.
+    ``mu`` has an effect with ``use_dynamic_shifting`` only: pipelines work it out for every model of a family.
+    """
 
     config_keys = "SHIFTS stochastic_sampling"
     step_takes = f"{CHURN}, per_token_timesteps=None"
     set_timesteps_takes = "num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None"
 
     def _lay_out(self, num_inference_steps: Count, device: Device, sigmas: Values, mu: Any, timesteps: Values) -> None:  # type: ignore[override]
-        """Lays out a run of so many steps, or of given levels (without the one to end at), ``timesteps`` or both.
-
-        ``mu`` has an effect with ``use_dynamic_shifting`` only: pipelines work it out for every model of a family.
-        """
         lengths = {num_inference_steps, *(len(given) for given in (sigmas, timesteps) if given is not None)} - {None}
         if len(lengths) != 1:
             raise ValueError("set_timesteps takes num_inference_steps, sigmas or timesteps, or several of them of one length")
@@ -398,7 +397,10 @@ class FlowMatchLCMScheduler(FlowMatchEulerDiscreteScheduler):
 
 
 class LTXEulerAncestralRFScheduler(FlowScheduler):
-    """Euler's method for flow models with noise put back at each step."""
+    """Euler's method for flow models with noise put back at each step.
+
+    ``set_timesteps`` takes a number of steps, or levels, as ``sigmas`` or ``timesteps``, with the one to end at, and nothing else.
+    """
 
     config_keys = "num_train_timesteps eta s_noise"
     config_defaults = {"eta": 1.0}
@@ -406,10 +408,6 @@ class LTXEulerAncestralRFScheduler(FlowScheduler):
     set_timesteps_takes = "num_inference_steps=None, device=None, sigmas=None, timesteps=None, mu=None, **kwargs"
 
     def _lay_out(self, num_inference_steps: Count, device: Device, sigmas: Any, timesteps: Any, mu: Any) -> None:  # type: ignore[override]
-        """Lays out a run of so many steps, or of given levels, or ``timesteps`` that are levels, with the one to end at.
-
-        ``mu`` and further arguments, which other schedulers take, have no effect here.
-        """
         if (given := timesteps if sigmas is None else sigmas) is None:
             super()._lay_out(num_inference_steps, device)
             return

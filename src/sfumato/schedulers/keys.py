@@ -129,8 +129,8 @@ ARGUMENTS = {
     "timestep": ("Time", "Of this step, an element of ``timesteps``; solvers on sigmas read it in a run's first step only."),
     "sample": ("Tensor", "``(B, C, ...)``."),
     "generator": ("Generators", "Source of the noise, where a solver adds any."),
-    "variance_noise": ("Tensor | None", "The noise itself, in place of ``generator``."),
-    "eta": ("float", "Share of the noise that is fresh, 0 (none) to 1 (DDIM: as DDPM; TCD, which calls it gamma: as LCM)."),
+    "variance_noise": ("Tensor | None", "The noise itself, in place of ``generator``; CogVideoX's solvers refuse it."),
+    "eta": ("float", "Share of the noise that is fresh, 0 (none) to 1 (DDIM: as DDPM; TCD's gamma: as LCM); CogVideoX takes none."),
     "use_clipped_model_output": ("bool", "Recompute the noise from the clipped denoised sample."),
     "s_churn": ("float", "Noise that a run adds before its steps (0: none); flow models refuse it."),
     "s_tmin": ("float", "Smallest sigma at which it is added."),
@@ -147,24 +147,23 @@ ARGUMENTS = {
     "return_dict": ("bool", "Return an output object such as :class:`SchedulerOutput`, else the tuple of its fields."),
     "num_inference_steps": ("Count", "Number of steps; for solvers on training steps at most as many."),
     "device": ("Device", "Where ``timesteps`` will lie."),
-    "timesteps": ("Values", "The run's times, descending (of consistency models places among the trained levels, 0 the noisiest)."),
-    "sigmas": ("Values", "The run's noise levels, descending, with the level to end at unless they are a flow's."),
+    "timesteps": ("Values", "Times, descending; Wuerstchen's with the end, consistency models' as places, 0 the noisiest."),
+    "sigmas": ("Values", "Noise levels, descending, with the end unless a flow's; EDM's as places, from 0, the noisiest, to 1."),
     "mu": ("float | None", "Logarithm of the shift of a flow's levels, with ``use_dynamic_shifting``."),
     "kwargs": ("Any", "Arguments of other schedulers, without effect."),
     "num_train_timesteps": ("Count", "Number of training steps, in place of the configuration's."),
 }
 """Types and meanings of the arguments of ``step`` and ``set_timesteps``."""
 METHODS = {
-    "step": """Goes one step along the run (of solvers that ask the network twice a step: one evaluation further).
-
-Raises:
-    ValueError: ``set_timesteps`` was not called, the timestep is not in the schedule, or the run is at its end.""",
-    "set_timesteps": """Lays out a run of so many steps, or of given times or levels: exactly one of these.
-
-Raises:
-    ValueError: None or several of them were given, or one does not fit the configuration.""",
+    "step": "Goes one step along the run (of solvers that ask the network twice a step: one evaluation further).",
+    "set_timesteps": "Lays out a run of so many steps, or of given times or levels: exactly one, unless a class says otherwise.",
 }
 """What these methods do."""
+ERRORS = {
+    "step": "``set_timesteps`` was not called, the timestep is not in the schedule, or the run is at its end.",
+    "set_timesteps": "None or several of the sources were given, or one does not fit the configuration.",
+}
+"""When they raise a ValueError."""
 
 
 def signature(names: str, defaults: Mapping[str, Any]) -> inspect.Signature:
@@ -199,6 +198,7 @@ def method(name: str, takes: str) -> Callable[..., Any]:
     scope: dict[str, Any] = {"inf": math.inf, "__name__": __name__}
     exec(f"def {name}(self, {takes}):\n    return self.{call}", scope)
     made = scope[name]
-    made.__doc__ = f"{METHODS[name]}\n\n{document(inspect.signature(made), {k: doc for k, (_, doc) in ARGUMENTS.items()})}"
+    arguments = document(inspect.signature(made), {k: doc for k, (_, doc) in ARGUMENTS.items()})
+    made.__doc__ = f"{METHODS[name]}\n\n{arguments}\n\nRaises:\n    ValueError: {ERRORS[name]}"
     made.__annotations__ = {word: ARGUMENTS[word][0] for word in made.__code__.co_varnames[1:]}
     return made

@@ -17,7 +17,8 @@ class VQDiffusionScheduler(SchedulerMixin):
     """Discrete diffusion that replaces tokens by random ones or by a mask (arXiv:2111.14822).
 
     A training step keeps a token with probability ``alpha + beta``, masks it with ``gamma``, and turns it into each other class
-    with ``beta`` (eq. 7)."""
+    with ``beta`` (eq. 7). ``model_output`` holds the logarithms of the clean tokens' probabilities, ``(B, classes - 1, N)``;
+    ``sample`` is int64 ``(B, N)``."""
 
     config_keys = "num_vec_classes num_train_timesteps alpha_cum_start alpha_cum_end gamma_cum_start gamma_cum_end"
     config_defaults = {"num_train_timesteps": 100}
@@ -41,10 +42,7 @@ class VQDiffusionScheduler(SchedulerMixin):
         self._set_schedule(np.arange(total)[::-1])
 
     def update(self, output: Tensor, t: int, tokens: Tensor, generator: Generators) -> Tensor:
-        """Draws the tokens of the step before, with the Gumbel trick (section 3.2).
-
-        ``output`` holds the logarithms of the clean tokens' probabilities, ``(B, classes - 1, N)``; ``tokens`` is int64 ``(B, N)``.
-        """
+        """Draws the tokens of the step before, with the Gumbel trick (section 3.2)."""
         log_p = self.q_posterior(output, tokens, t) if t else output
         uniform = rand(log_p.shape, generator=generator, device=log_p.device)
         gumbel = uniform.add_(1e-30).log_().neg_().add_(1e-30).log_()
