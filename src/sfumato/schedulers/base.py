@@ -265,8 +265,8 @@ class SchedulerMixin(ConfigMixin):
     def _check_count(self, count: Count) -> int:
         most = math.inf if self._most is None else self._most or len(self)
         if count is None or not self._least <= operator.index(count) <= most:
-            limit = "" if self._most is None else f" and at most {most}"
-            raise ValueError(f"num_inference_steps={count}, expected at least {self._least}{limit}")
+            limits = f"at least {self._least}" if self._most is None else f"{self._least}..{most}"
+            raise ValueError(f"num_inference_steps={count}, expected {limits}")
         return operator.index(count)
 
     def _count(self) -> int:

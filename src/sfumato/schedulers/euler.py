@@ -174,7 +174,7 @@ class TwoStageScheduler(ExplodingScheduler):
         if self._start is not None:
             new, self._start = self._second(output, x, x0, (here, level, there), source), None
         elif i + 1 == len(self._times):
-            new = self._move(output, x, x0, here, there)
+            new = super()._move(output, x, x0, here, there)
         else:
             new = self._move(output, x, x0, here, self._middle(here, there))
             self._start = self._move(output, x, x0, here, (here + there) / 2) if self._half else x
@@ -288,9 +288,7 @@ class DPMSolverSDEScheduler(KDPM2DiscreteScheduler):
         return self._move(output, self._start, x0, levels[0], levels[2])
 
     def _move(self, output: Tensor, x: Tensor, x0: Tensor, here: float, there: float) -> Tensor:
-        """An ancestral step (arXiv:2211.01095 section 5), but to zero noise."""
-        if not there:
-            return super()._move(output, x, x0, here, there)
+        """An ancestral step (arXiv:2211.01095 section 5)."""
         assert self._path is not None
         down = there**2 / here
         # The path is as rough as its time is exact: these are the times at which released pictures were made.

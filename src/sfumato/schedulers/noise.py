@@ -64,6 +64,7 @@ def noise_tables(betas: Tensor, shift: float, zero_snr: bool) -> tuple[Tensor, T
         root = alpha_bar.sqrt()
         alpha_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
         betas = 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+        alpha_bar = (1 - betas).cumprod(0)  # in float32, as models were trained
     return betas, alpha_bar
 
 
