@@ -8,7 +8,6 @@ evaluation; the last step, to zero noise, is Euler's and has one.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -219,7 +218,7 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
         return levels, times.round() if self._ramp == "karras" else times  # as released pictures were made
 
     def _middle_times(self, sigmas: np.ndarray, timesteps: np.ndarray) -> np.ndarray:
-        return self._times_of(np.array([self._middle(*ends) for ends in pairwise(sigmas[:-1].tolist())]))
+        return self._times_of(np.sqrt(sigmas[:-2] * sigmas[1:-1]))
 
     def _middle(self, here: float, there: float) -> float:
         return math.sqrt(here * there)
@@ -229,6 +228,9 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
     """DPM-Solver-2 to the level ``next**2 / sigma``, from where noise leads back up: the geometric mean is the next level."""
 
     step_takes = "generator=None"
+
+    def _middle_times(self, sigmas: np.ndarray, timesteps: np.ndarray) -> np.ndarray:
+        return self._times_of(sigmas[1:-1])
 
     def _middle(self, here: float, there: float) -> float:
         return there
