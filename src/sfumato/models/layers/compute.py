@@ -25,6 +25,9 @@ MIN_PRODUCTS = 2**22
 MAX_SCORES = 2**19
 """How many attention scores of a head stand in memory at a time: they should stay in the cache."""
 
+MIN_ROWS = 64
+"""Of how many queries they are at least: with fewer, reading the keys takes longer than the products."""
+
 
 def pixels_last(x: torch.Tensor) -> torch.Tensor:
     """Lays ``(B, C, H, W)`` out for speed: on CPU channels-last, which saves attention and resampling their copies."""
@@ -81,7 +84,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
     if count * keys * dim < MIN_PRODUCTS or not _is_inference(query):
         return F.scaled_dot_product_attention(query, key, value)
     wide = query.dtype is torch.float32 or _lacks_bfloat16()
-    out, rows = query.new_empty(batch, count, heads, dim), max(MAX_SCORES // keys, 1)
+    out, rows = query.new_empty(batch, count, heads, dim), max(MAX_SCORES // keys, MIN_ROWS)
     for b, h in itertools.product(range(batch), range(heads)):
         q, k = query[b, h].float() * dim**-0.5, key[b, h].float().contiguous()  # oneDNN is slow on rows that lie apart
         v = value[b, h].float().t().contiguous() if wide else value[b, h]
