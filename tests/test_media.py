@@ -138,7 +138,7 @@ def test_preprocess_configurations(kind: str, config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["default", "fill", "crop"])
-@pytest.mark.parametrize("size", [(40, 64), (64, 40), (16, 64), (37, 50), (8, 200), (80, 8)])
+@pytest.mark.parametrize("size", [(40, 64), (64, 40), (16, 64), (37, 50), (8, 200), (80, 8), (18, 24)])
 @pytest.mark.parametrize("kind", ["rgb", "grey", "rgba"])
 def test_resize_modes(kind: str, size: tuple[int, int], mode: str) -> None:
     ours, reference = both({})

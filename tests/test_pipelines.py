@@ -247,6 +247,7 @@ VARIED = {
     ),
     "edit without guidance": ("StableDiffusionInstructPix2PixPipeline", dict(guidance_scale=1.0)),
     "upscale without guidance": ("StableDiffusionUpscalePipeline", dict(guidance_scale=1.0)),
+    "latent upscale without a prompt": ("StableDiffusionLatentUpscalePipeline", dict(guidance_scale=0.0)),
     "latent upscale of latents": (
         "StableDiffusionLatentUpscalePipeline",
         dict(image=torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))),
@@ -285,9 +286,11 @@ VARIED = {
             output_type="latent",
         ),
     ),
+    "refiner, crops": ("refiner", dict(crops_coords_top_left=(3, 4))),
     "refiner, scores": ("refiner", dict(aesthetic_score=7.5, negative_aesthetic_score=1.0)),
     "XL inpaint, later part": ("StableDiffusionXLInpaintPipeline", dict(denoising_start=0.5, num_inference_steps=10)),
     "XL inpaint at full strength": ("StableDiffusionXLInpaintPipeline", dict(strength=1.0)),
+    "XL edit, rescaled": ("StableDiffusionXLInstructPix2PixPipeline", dict(guidance_rescale=0.7)),
     "XL edit without guidance": ("StableDiffusionXLInstructPix2PixPipeline", dict(guidance_scale=1.0)),
     "3, second and third prompts": ("StableDiffusion3Pipeline", dict(prompt_2="blue", prompt_3="a cat", negative_prompt_3="red")),
     "3 without guidance": ("StableDiffusion3Pipeline", dict(guidance_scale=1.0)),
@@ -319,6 +322,24 @@ VARIED = {
         "StableDiffusionControlNetPipeline multi",
         dict(controlnet_conditioning_scale=[0.4, 0.9], control_guidance_end=[0.5, 1.0]),
     ),
+    "ControlNet union, the control picture's size": (
+        "StableDiffusionXLControlNetUnionPipeline",
+        dict(control_image=tiny.picture(7, (40, 51))),
+    ),
+    "ControlNet paints, the picture's size": (
+        "StableDiffusionControlNetInpaintPipeline",
+        dict(image=tiny.picture(1, (40, 51)), mask_image=tiny.mask((40, 51)), control_image=tiny.picture(7, (40, 51))),
+    ),
+    "ControlNet paints a crop": (
+        "StableDiffusionXLControlNetInpaintPipeline",
+        dict(
+            image=tiny.picture(1, (80, 48)),
+            mask_image=tiny.mask((80, 48)),
+            control_image=tiny.picture(7, (80, 48)),
+            padding_mask_crop=8,
+            output_type="pil",
+        ),
+    ),
     "ControlNet-XS, a while": (
         "StableDiffusionControlNetXSPipeline",
         dict(control_guidance_start=0.2, control_guidance_end=0.8, controlnet_conditioning_scale=0.6),
@@ -344,6 +365,7 @@ VARIED = {
         ),
     ),
     "FLUX ControlNet, scale": ("FluxControlNetPipeline", dict(controlnet_conditioning_scale=0.5, control_guidance_end=0.6)),
+    "FLUX ControlNet, a list of one scale": ("FluxControlNetPipeline", dict(controlnet_conditioning_scale=[0.5])),
     "DDIM without noise": ("DDIMPipeline", dict(eta=0.0, output_type="pil")),
     "super-resolution of PIL": ("LDMSuperResolutionPipeline", dict(image=tiny.picture(size=(40, 32)))),
 }
@@ -486,6 +508,84 @@ def test_consistency_models_need_a_unet_that_reads_the_scale(checkpoint: Checkpo
     plain = sfumato.StableDiffusionPipeline.from_pretrained(checkpoint("StableDiffusionPipeline")[0])
     with pytest.raises(ValueError, match=r"time_cond_proj_dim=None.*use StableDiffusionPipeline, with LCMScheduler"):
         sfumato.LatentConsistencyModelPipeline.from_pipe(plain)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLControlNetPipeline", "StableDiffusionXLPipeline"])
+def test_the_reference_s_callbacks_end_guidance(checkpoint: Checkpoint, name: str) -> None:
+    kind = "SDXLControlnetCFGCutoffCallback" if "ControlNet" in name else "SDXLCFGCutoffCallback"
+    cut = getattr(diffusers.callbacks, kind)(cutoff_step_ratio=0.5)
+    call = {**CALLS[name], "callback_on_step_end": cut, "callback_on_step_end_tensor_inputs": cut.tensor_inputs}
+    folder, reference = checkpoint(name)
+    assert_same(reference, ours(folder, reference), **call)
+
+
+CONTROL_CALLED_BACK = (
+    "StableDiffusionControlNetPipeline multi", "StableDiffusionXLControlNetImg2ImgPipeline", "FluxControlNetPipeline",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONTROL_CALLED_BACK)
+def test_callbacks_change_control_pictures_as_in_the_reference(checkpoint: Checkpoint, name: str) -> None:
+    def change(pipe: Any, index: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        value = tensors[argument]
+        seen.append([tuple(each.shape) for each in value] if isinstance(value, list) else tuple(value.shape))
+        return {argument: [each * 0.8 for each in value] if isinstance(value, list) else value * 0.8}
+
+    seen: list[Any] = []
+    argument = "control_image" if "control_image" in CALLS[name] else "image"
+    folder, reference = checkpoint(name)
+    pipe = ours(folder, reference)
+    call = {**CALLS[name], "callback_on_step_end": change, "callback_on_step_end_tensor_inputs": [argument]}
+    assert_same(reference, pipe, **call)
+    half = len(seen) // 2
+    assert half > 1 and seen[:half] == seen[half:]
+    with pytest.raises(ValueError, match="a callback returned 0 control pictures"):
+        pipe(**{**call, "callback_on_step_end": lambda *given: {argument: []}})
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P"])
+def test_pictures_of_any_mode_are_pictures(checkpoint: Checkpoint, mode: str) -> None:
+    """Four channels are no latents, though latents have as many here; the reference takes them for such."""
+    for name in ("StableDiffusionImg2ImgPipeline", "StableDiffusionXLControlNetInpaintPipeline", "StableDiffusionUpscalePipeline"):
+        folder, reference = checkpoint(name)
+        picture = CALLS[name]["image"].convert(mode)
+        with torch.no_grad():
+            expected = reference(**{**CALLS[name], "image": picture.convert("RGB")}, generator=seeded(0)).images
+        got = ours(folder, reference)(**{**CALLS[name], "image": picture}, generator=seeded(0)).images
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_flow_schedulers_lay_out_their_own_levels(checkpoint: Checkpoint, scheduler: str) -> None:
+    for name in ("FluxPipeline", "FluxKontextPipeline", "StableDiffusion3Pipeline"):
+        if name == "FluxKontextPipeline" and scheduler.startswith("DPM"):
+            continue  # the reference raises
+        folder, reference = checkpoint(name)
+        pipes = []
+        for library, pipe in ((diffusers, reference), (sfumato, ours(folder, reference))):
+            options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+            made = getattr(library, scheduler).from_config(pipe.scheduler.config, **options)
+            pipes.append(type(pipe)(**{**pipe.components, "scheduler": made}))
+            pipes[-1].set_progress_bar_config(disable=True)
+        assert_same(*pipes, **CALLS[name])
+
+
+def test_depth_at_another_size(checkpoint: Checkpoint) -> None:
+    """The reference takes no size: its pictures are those of the enlarged picture."""
+    name = "StableDiffusionDepth2ImgPipeline"
+    folder, reference = checkpoint(name)
+    large = CALLS[name]["image"].resize((48, 40), 1)
+    depth = torch.rand(1, 20, 20, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = reference(**{**CALLS[name], "image": large, "depth_map": depth}, generator=seeded(0)).images
+    got = ours(folder, reference)(**CALLS[name], depth_map=depth, height=40, width=48, generator=seeded(0)).images
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_a_schedule_that_ends_before_it_begins(checkpoint: Checkpoint) -> None:
+    folder, reference = checkpoint("StableDiffusionXLImg2ImgPipeline")
+    with pytest.raises(ValueError, match=r"denoising_end=0.1 comes before the first step"):
+        ours(folder, reference)(**CALLS["StableDiffusionXLImg2ImgPipeline"], denoising_end=0.1)
 
 
 def test_embeddings_of_every_family_instead_of_prompts(checkpoint: Checkpoint) -> None:

@@ -21,6 +21,7 @@ class FlowFamily(PicturePrompts):
     rounds_skipped_steps = True
     attention_keywords = "joint_attention_kwargs"
     first_sigmas = False  # whether levels are spread evenly from 1 to 1 / steps, before any shift
+    schedulers_sigmas = False  # whether schedulers with `use_flow_sigmas` lay out their own levels
 
     @property
     def size_multiple(self) -> int:
@@ -37,7 +38,8 @@ class FlowFamily(PicturePrompts):
     def schedule_options(self, run: Run, given: dict[str, Any]) -> dict[str, Any]:
         takes = accepted(type(run.scheduler).set_timesteps)
         steps = given.get("num_inference_steps")
-        if self.first_sigmas and steps is not None and "sigmas" in takes:
+        own = self.schedulers_sigmas and run.scheduler.config.get("use_flow_sigmas")
+        if self.first_sigmas and steps is not None and "sigmas" in takes and not own:
             given = {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()}
         if "mu" in takes and run.scheduler.config.get("use_dynamic_shifting"):
             given = {**given, "mu": run.args.mu if run.args.mu is not None else self.shift_of_size(run)}

@@ -61,7 +61,8 @@ class Flux(FluxPicturePrompts):
 
     @property
     def image_processor(self) -> VaeImageProcessor:
-        return VaeImageProcessor(vae_scale_factor=self.size_multiple, vae_latent_channels=self.latent_format.channels)
+        channels = self.latent_format.channels
+        return VaeImageProcessor(vae_scale_factor=self.size_multiple, vae_latent_channels=channels, do_convert_rgb=True)
 
     def default_size(self) -> tuple[int, int]:
         return 128 * self.latent_format.factor, 128 * self.latent_format.factor

@@ -27,6 +27,8 @@ CONTROL_ORDER = Flux.order.replace("mask_image masked_image_latents control_imag
 class FluxPipeline(Flux, task=Task(), defaults=FEW):
     """Pictures from text."""
 
+    schedulers_sigmas = True  # not so in the reference's other pipelines
+
 
 class FluxImg2ImgPipeline(Flux, task=ImageToImage(), defaults=SOME):
     """Pictures from a picture and text."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..outputs import ImagePipelineOutput
-from ..pipelines.checks import check_generators, check_width, negative_texts, prompt_count
+from ..pipelines.checks import as_list, check_generators, check_width, negative_texts, prompt_count
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.guidance import WHOLE, Weakening
 from ..pipelines.image import ImagePipeline
@@ -80,7 +80,7 @@ class StableDiffusionLatentUpscalePipeline(
         check_generators(run)
         embeds, pooled = args.prompt_embeds, args.pooled_prompt_embeds
         if embeds is None:
-            prompts = [args.prompt] if isinstance(args.prompt, str) else list(args.prompt)
+            prompts = [""] * run.batch if args.guidance_scale == 0 else as_list(args.prompt)
             embeds, pooled = encode_clip(self.tokenizer, self.text_encoder, prompts, layer="last")
         run.guidance = ImagePipeline.choose_guidance(self, run)  # its time condition is no embedded guidance scale
         if run.guidance.branches > 1:

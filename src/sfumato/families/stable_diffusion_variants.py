@@ -39,7 +39,7 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusion, task=DepthToImage(), lat
     def depth_channel(self, run: Run) -> torch.Tensor:
         """Depth of the pictures as a channel in -1..1, (B, 1, h, w) at the size of the latents."""
         args = run.args
-        height, width = self.image_processor.preprocess(args.image).shape[-2:]
+        height, width = self.task.size(run)
         if args.depth_map is None:
             raw = args.image if isinstance(args.image, (list, tuple)) or not hasattr(args.image, "size") else [args.image]
             pixels = self.feature_extractor(images=raw, return_tensors="pt").pixel_values.to(run.device, self.compute_dtype)
@@ -140,7 +140,7 @@ class StableDiffusionUpscalePipeline(
 
     @property
     def image_processor(self) -> VaeImageProcessor:
-        return VaeImageProcessor(vae_scale_factor=self.latent_format.factor, resample="bicubic")
+        return VaeImageProcessor(vae_scale_factor=self.latent_format.factor, resample="bicubic", do_convert_rgb=True)
 
 
 class StableDiffusionImageVariationPipeline(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..pipelines.checks import as_list, check_fraction, check_pooled, check_prompts, check_width, negative_texts
-from ..pipelines.run import NEGATIVE_EMBEDS, Named, Run, conditioned
+from ..pipelines.run import NEGATIVE_EMBEDS, Named, Run, conditioned, negative
 from ..pipelines.text import encode_clips
 from .unet import UNetFamily
 
@@ -59,6 +59,8 @@ class StableDiffusionXL(UNetFamily):
         "negative_prompt_embeds": NEGATIVE_EMBEDS,
         "add_text_embeds": conditioned("text_embeds"),
         "add_time_ids": conditioned("time_ids"),
+        "negative_pooled_prompt_embeds": negative("text_embeds"),
+        **dict.fromkeys(("negative_add_time_ids", "add_neg_time_ids"), negative("time_ids")),
     }
 
     def adopt(self) -> None:
@@ -88,6 +90,8 @@ class StableDiffusionXL(UNetFamily):
         if run.args.denoising_end is not None:
             kept = int((run.timesteps >= self._cutoff(run, run.args.denoising_end)).sum())
             run.timesteps = run.timesteps[:kept]
+            if not kept:
+                raise ValueError(f"denoising_end={run.args.denoising_end} comes before the first step: raise it, or the strength")
 
     def truncate(self, run: Run) -> None:
         if run.args.denoising_start is None:
@@ -123,7 +127,7 @@ class StableDiffusionXL(UNetFamily):
         other = args.negative_original_size or original, args.negative_target_size or target
         last = (args.negative_aesthetic_score,) if scored else other[1]
         crops = args.negative_crops_coords_top_left
-        if self.negative_sizes and tuple(crops) == (0, 0):
+        if self.negative_sizes and not scored and tuple(crops) == (0, 0):
             crops = args.crops_coords_top_left
         negative = [*other[0], *crops, *last] if own else positive
         return positive, negative

@@ -8,7 +8,7 @@ from .stable_diffusion_xl import PARTS, StableDiffusionXL
 from .unet import Editing
 
 CONTROL = ControlNet("image")
-UNION = ControlNet("control_image", "guess_mode control_mode")
+UNION = ControlNet("control_image", "guess_mode control_mode", sets_size=True)
 CALLBACKS = "callback callback_steps"
 SIZES = "negative_original_size negative_crops_coords_top_left negative_target_size"
 SCHEDULE = f"{CALLBACKS} timesteps sigmas guidance_rescale"

@@ -135,7 +135,7 @@ class LDMSuperResolutionPipeline(
 
     @property
     def image_processor(self) -> VaeImageProcessor:
-        return VaeImageProcessor(vae_scale_factor=32, resample="lanczos")
+        return VaeImageProcessor(vae_scale_factor=32, resample="lanczos", do_convert_rgb=True)
 
     def condition(self, run: Run) -> None:
         if isinstance(run.args.image, torch.Tensor):

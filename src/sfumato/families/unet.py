@@ -114,7 +114,7 @@ class Editing(UNetFamily):
         if args.guidance is not None:
             raise ValueError("guidance=...: a denoiser that edits by instruction has a guidance of its own; leave it out")
         guided = args.guidance_scale > 1.0 and args.image_guidance_scale >= 1.0
-        return EditGuidance(args.guidance_scale, args.image_guidance_scale) if guided else Guidance()
+        return EditGuidance(args.guidance_scale, args.image_guidance_scale, args.guidance_rescale) if guided else Guidance()
 
 
 def unet_inputs(conditioning: Conditioning, weakening: Weakening = WHOLE) -> dict[str, Any]:

@@ -161,11 +161,11 @@ class VaeImageProcessor(ConfigMixin):
         result = Image.new("RGB", (width, height))
         # the borders: boxes without area at an edge, which resampling reads as the colours at that edge
         if top > 0:
-            for edge, start, stop in ((0, 0, top), (size[1], top + size[1], height)):
-                result.paste(fitted.resize((width, max(stop - start, 0)), box=(0, edge, size[0], edge)), (0, start))
+            for edge, start in ((0, 0), (size[1], top + size[1])):
+                result.paste(fitted.resize((width, top), box=(0, edge, size[0], edge)), (0, start))
         elif left > 0:
-            for edge, start, stop in ((0, 0, left), (size[0], left + size[0], width)):
-                result.paste(fitted.resize((max(stop - start, 0), height), box=(edge, 0, edge, size[1])), (start, 0))
+            for edge, start in ((0, 0), (size[0], left + size[0])):
+                result.paste(fitted.resize((left, height), box=(edge, 0, edge, size[1])), (start, 0))
         result.paste(fitted, (left, top))
         return result
 

@@ -6,7 +6,7 @@ by name, and those of the same name add up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +16,7 @@ import torch
 from ..media.processor import VaeImageProcessor
 from ..models.several import Several
 from .conditioning import Conditioning, numbered
+from .run import Named
 from .tasks import per_picture
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Adapter:
     arguments: str = ""
     component: str = ""
     image: str = ""  # the argument that holds its picture
+    sets_size: bool = False  # whether its picture suggests the result's size
+    callback_tensors: Mapping[str, Named] = {}  # what step callbacks know by name
 
     def adopt(self, network: Any) -> Any:
         """The component that stands for what a caller gave: one network for a list of them."""
@@ -59,9 +62,9 @@ class Adapter:
 
     def size(self, run: Run) -> tuple[int, int] | None:
         """Height and width of the result that its picture suggests, where the caller gives none."""
-        if self.image != "image":
+        if not self.sets_size:
             return None
-        first = run.args.image
+        first = getattr(run.args, self.image)
         while isinstance(first, (list, tuple)):
             first = first[0]
         return self.processor(run).get_default_height_width(first)
@@ -125,20 +128,41 @@ class Controls:
         return dict(total)
 
 
+def _pictures(run: Run) -> list[list[torch.Tensor]]:
+    return [control.pictures for part in run.adapters if isinstance(part, Controls) for control in part.controls]
+
+
+def _read_pictures(run: Run) -> Any:
+    """The control pictures, all guidance branches stacked, or a list of those of several."""
+    found = [torch.cat([run.pipe.pack(picture)] * run.guidance.branches) for pictures in _pictures(run) for picture in pictures]
+    return found[0] if len(found) == 1 else found
+
+
+def _write_pictures(run: Run, value: Any) -> None:
+    places = [(pictures, i) for pictures in _pictures(run) for i in range(len(pictures))]
+    given = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(given) != len(places):
+        raise ValueError(f"a callback returned {len(given)} control pictures for {len(places)}: return one tensor for each")
+    for (pictures, i), rows in zip(places, given, strict=True):
+        pictures[i] = run.pipe.unpack(rows[-run.batch :], *pictures[i].shape[-2:])
+
+
 class ControlNet(Adapter):
     """Networks that read pictures and steer the denoiser by residuals (arXiv:2302.05543), one or several.
 
     Args:
         image: Argument of the call that holds their pictures.
         more: Further arguments of the call.
+        sets_size: Whether a picture suggests the result's size though the argument is not ``image``.
     """
 
     name, component = "controlnet", "controlnet"
 
-    def __init__(self, image: str = "control_image", more: str = "guess_mode") -> None:
-        self.image = image
+    def __init__(self, image: str = "control_image", more: str = "guess_mode", sets_size: bool = False) -> None:
+        self.image, self.sets_size = image, sets_size or image == "image"
         common = "controlnet_conditioning_scale control_guidance_start control_guidance_end"
         self.arguments = f"{image} {common} {more}"
+        self.callback_tensors = {image: Named(_read_pictures, _write_pictures)}
 
     def networks(self, run: Run) -> list[Any]:
         """The control networks of the pipeline."""
@@ -161,9 +185,11 @@ class ControlNet(Adapter):
         count, pictures = len(columns[0]), getattr(run.args, self.image)
         if count > 1 and (not isinstance(pictures, (list, tuple)) or len(pictures) != count):
             raise ValueError(f"{self.image} must be a list of {count}, a picture (or a list of them) for each control network")
+        union = "num_control_type" in columns[0][0].config  # it has a scale for each kind of picture
+        whole = (self.image, "control_mode", "controlnet_conditioning_scale" if union else "")
         for name in (self.image, "control_mode", "controlnet_conditioning_scale", *GUIDANCE_PARTS):
             value = getattr(run.args, name)
-            columns.append([value] if count == 1 and name not in GUIDANCE_PARTS else each_of(value, count, name))
+            columns.append([value] if count == 1 and name in whole else each_of(value, count, name))
         return list(zip(*columns, strict=True))
 
     def processor(self, run: Run) -> VaeImageProcessor:
@@ -246,7 +272,7 @@ class T2I(Adapter):
     name, component = "t2i-adapter", "adapter"
 
     def __init__(self, image: str = "image") -> None:
-        self.image = image
+        self.image, self.sets_size = image, image == "image"
         self.arguments = f"{image} adapter_conditioning_scale adapter_conditioning_factor"
 
     def processor(self, run: Run) -> VaeImageProcessor:

@@ -169,13 +169,15 @@ def check_stretch(start: Any, stop: Any, prefix: str = "") -> None:
 class EditGuidance(Guidance):
     """Branches [text and picture, picture, neither] of InstructPix2Pix (arXiv:2211.09800, eq. 3).
 
-    ``guidance_scale`` is the weight of the instruction, ``image_guidance_scale`` that of the picture.
+    ``guidance_scale`` is the weight of the instruction, ``image_guidance_scale`` that of the picture, and ``guidance_rescale`` that
+    of the prediction brought back to the first branch's standard deviation.
     """
 
     layout = ("positive", "negative", "negative")
     conditional = 0
     guidance_scale: float = 7.5
     image_guidance_scale: float = 1.5
+    guidance_rescale: float = 0.0
 
     def passes(self, run: Run) -> tuple[Pass, ...]:
         return Pass(0), Pass(1), Pass(2)
@@ -183,3 +185,6 @@ class EditGuidance(Guidance):
     def mix(self, predictions: list[torch.Tensor], run: Run) -> torch.Tensor:
         full, picture, neither = predictions
         return neither + self.guidance_scale * (full - picture) + self.image_guidance_scale * (picture - neither)
+
+    def settle(self, guided: torch.Tensor, predictions: list[torch.Tensor], run: Run) -> torch.Tensor:
+        return rescaled(guided, predictions[0], self.guidance_rescale) if self.guidance_rescale else guided

@@ -74,7 +74,7 @@ class ImagePipeline(DiffusionPipeline):
     def image_processor(self) -> VaeImageProcessor:
         """Pictures to tensors and back."""
         form = self.latent_format
-        return VaeImageProcessor(vae_scale_factor=form.factor, vae_latent_channels=form.channels)
+        return VaeImageProcessor(vae_scale_factor=form.factor, vae_latent_channels=form.channels, do_convert_rgb=True)
 
     @property
     def mask_processor(self) -> VaeImageProcessor:

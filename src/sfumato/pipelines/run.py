@@ -113,7 +113,8 @@ class Run:
     @property
     def callback_tensors(self) -> dict[str, Named]:
         """Tensors that step callbacks know by name."""
-        return {**self.task.callback_tensors, **self.pipe.callback_tensors}
+        adapted = {name: named for adapter in self.pipe.adapters for name, named in adapter.callback_tensors.items()}
+        return {**self.task.callback_tensors, **self.pipe.callback_tensors, **adapted}
 
     @property
     def device(self) -> torch.device:

@@ -277,7 +277,7 @@ class Inpaint(ImageToImage):
                     raise ValueError(f"padding_mask_crop needs {name} as one PIL picture")
 
     def size(self, run: Run) -> tuple[int, int]:
-        return Task.size(self, run)
+        return super().size(run) if run.pipe.adapters else Task.size(self, run)
 
     def area(self, run: Run) -> dict[str, Any]:
         (height, width), pad = self.size(run), run.args.padding_mask_crop

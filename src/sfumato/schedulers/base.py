@@ -258,7 +258,7 @@ class SchedulerMixin(ConfigMixin):
 
     def _set_schedule(self, timesteps: np.ndarray, device: Device = None) -> None:
         """Takes over the timesteps of a run and forgets the last run."""
-        self.timesteps = torch.tensor(np.ascontiguousarray(timesteps), dtype=self._time_type)
+        self.timesteps = torch.tensor(timesteps.tolist(), dtype=self._time_type)
         self._times, self.timesteps = self.timesteps.tolist(), self.timesteps.to(device)
         self._reset()
 
