@@ -505,6 +505,9 @@ def test_consistency_models_need_a_unet_that_reads_the_scale(checkpoint: Checkpo
     pipe = ours(folder, reference)
     other = sfumato.AutoPipelineForImage2Image.from_pipe(pipe)
     assert type(other) is sfumato.LatentConsistencyModelImg2ImgPipeline and other.unet is pipe.unet
+    painter = sfumato.StableDiffusionInpaintPipeline.from_pipe(pipe)
+    picture = painter(**FEW, image=tiny.picture(), mask_image=tiny.mask(), generator=seeded(0)).images[0]
+    assert picture.shape == (32, 32, 3) and picture.std() > 1e-3
     plain = sfumato.StableDiffusionPipeline.from_pretrained(checkpoint("StableDiffusionPipeline")[0])
     with pytest.raises(ValueError, match=r"time_cond_proj_dim=None.*use StableDiffusionPipeline, with LCMScheduler"):
         sfumato.LatentConsistencyModelPipeline.from_pipe(plain)
