@@ -64,8 +64,8 @@ def page() -> str:
         "Every class takes `guidance=` (see [guidance.md](guidance.md)), `regions=` (prompts for parts of the picture),",
         'own sigmas, prompt weights (`prompt_syntax="weighted"`) and IP-Adapters (see [ip-adapters.md](ip-adapters.md)).',
         "Denoisers that edit by instruction have a guidance of their own and refuse another.",
-        "Latent consistency models have `LatentConsistencyModelPipeline` and `LatentConsistencyModelImg2ImgPipeline`, and their U-Net",
-        "works in the pipelines of Stable Diffusion: `StableDiffusionInpaintPipeline.from_pipe(pipe)`.",
+        "Latent consistency models have `LatentConsistencyModelPipeline` and `LatentConsistencyModelImg2ImgPipeline`; their U-Net",
+        "works in the pipelines of Stable Diffusion, too: `StableDiffusionInpaintPipeline.from_pipe(pipe)`.",
         *(f"No IP-Adapters in {name}: {why}." for name, why in NO_PICTURES.items()),
         "",
     ]
