@@ -124,7 +124,7 @@ def test_large_attention_on_a_cpu_is_the_formula(dtype: torch.dtype, emulated: b
     assert torch.equal(found[1:], alone)  # whatever the batch
 
 
-def test_large_attention_on_a_cpu_spares_torch_s_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_attention_on_one_thread_spares_torch_s_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(compute.F, "scaled_dot_product_attention", lambda *args: calls.append(1) or args[0])
     x = noise(1, 260, 64)
@@ -133,4 +133,14 @@ def test_large_attention_on_a_cpu_spares_torch_s_kernel(monkeypatch: pytest.Monk
         assert not calls
         attend(x[:, :200], x[:, :200], x[:, :200], 1)  # small
     attend(x, x, x, 1)  # with gradients
-    assert len(calls) == 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with torch.no_grad():
+        attend(x, x, x, 1)
+    assert len(calls) == 3
+
+
+@torch.no_grad()
+def test_large_attention_compiles_in_one_graph() -> None:
+    x = noise(1, 260, 64)
+    compiled = torch.compile(lambda y: attend(y, y, y, 1), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), attend(x, x, x, 1), atol=1e-5, rtol=1e-5)

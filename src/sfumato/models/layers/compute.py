@@ -75,13 +75,14 @@ def _linear(
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Scaled dot-product attention without a mask (arXiv:1706.03762, equation 1); in inference on CPU by plain matrix products.
+    """Scaled dot-product attention without a mask (arXiv:1706.03762, equation 1); on one CPU thread by plain matrix products.
 
     Query (B, H, N, D), key and value (B, H, M, D) -> (B, H, N, D). Head by head, some rows of scores at a time, oneDNN takes half
-    the time of torch's kernel. Scores are float32; as in torch's kernel bfloat16 values are mixed in bfloat16.
+    the time of torch's kernel. Scores are float32; as in torch's kernel bfloat16 values are mixed in bfloat16. Several threads
+    would wait for each other after every product, for long on a busy machine, where torch's kernel deals heads out to them.
     """
     (batch, heads, count, dim), keys = query.shape, key.shape[2]
-    if count * keys * dim < MIN_PRODUCTS or not _is_inference(query):
+    if count * keys * dim < MIN_PRODUCTS or not _is_inference(query) or torch.get_num_threads() > 1:
         return F.scaled_dot_product_attention(query, key, value)
     wide = query.dtype is torch.float32 or _lacks_bfloat16()
     out, rows = query.new_empty(batch, count, heads, dim), max(MAX_SCORES // keys, MIN_ROWS)
