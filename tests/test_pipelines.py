@@ -365,6 +365,10 @@ VARIED = {
         ),
     ),
     "FLUX ControlNet, scale": ("FluxControlNetPipeline", dict(controlnet_conditioning_scale=0.5, control_guidance_end=0.6)),
+    "FLUX ControlNet, true guidance": (
+        "FluxControlNetPipeline",
+        dict(true_cfg_scale=2.0, prompt=["a", "red"], negative_prompt=["blue", "cat"], num_images_per_prompt=2),
+    ),
     "FLUX ControlNet, a list of one scale": ("FluxControlNetPipeline", dict(controlnet_conditioning_scale=[0.5])),
     "DDIM without noise": ("DDIMPipeline", dict(eta=0.0, output_type="pil")),
     "super-resolution of PIL": ("LDMSuperResolutionPipeline", dict(image=tiny.picture(size=(40, 32)))),
@@ -607,6 +611,50 @@ def test_embeddings_of_every_family_instead_of_prompts(checkpoint: Checkpoint) -
                 given = dict(zip(names, pipe.encode_prompt(**texts), strict=True))
         got = assert_same(reference, pipe, **call, **given)
         np.testing.assert_allclose(got, pipe(**texts, **call, generator=seeded(3)).images, atol=1e-6)
+
+
+def test_auto_pipelines_take_control_networks(checkpoint: Checkpoint) -> None:
+    for name, task in (("StableDiffusionXLControlNetPipeline", "Text2Image"), ("FluxControlNetInpaintPipeline", "Inpainting")):
+        folder, reference = checkpoint(name)
+        base = checkpoint("StableDiffusionXLPipeline" if "XL" in name else "FluxPipeline")[0]
+        network = type(ours(folder, reference).controlnet).from_pretrained(folder / "controlnet")
+        for library, given in ((diffusers, reference.controlnet), (sfumato, network)):
+            made = getattr(library, f"AutoPipelineFor{task}").from_pretrained(base, controlnet=given)
+            assert type(made).__name__ == name and made.controlnet is given
+
+
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"]
+)
+def test_one_part_encodes_and_another_denoises(checkpoint: Checkpoint, name: str) -> None:
+    """Neither loads what it does not need."""
+    folder, reference = checkpoint(name)
+    kind = getattr(sfumato, name)
+    encoders = [part for part in kind.component_names if part.startswith(("text_encoder", "tokenizer"))]
+    denoiser = "transformer" if "transformer" in kind.component_names else "unet"
+    first = kind.from_pretrained(folder, **{denoiser: None, "vae": None})
+    second = kind.from_pretrained(folder, **dict.fromkeys([*encoders, "vae"]))
+    second.set_progress_bar_config(disable=True)
+    call = {k: v for k, v in CALLS[name].items() if "prompt" not in k} | {"output_type": "latent"}
+    call |= {"original_size": (32, 32), "target_size": (32, 32)} if "XL" in name else {}
+    with torch.no_grad():
+        if name == "FluxPipeline":
+            found = first.encode_prompt("a red cat", max_sequence_length=24)[:2]
+            given = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), found, strict=True))
+        else:
+            found = first.encode_prompt("a red cat", negative_prompt="blue")
+            names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+            given = dict(zip(names, found, strict=False))
+        expected = reference(**call, **given, generator=seeded(0)).images
+    size = {"height": 128, "width": 128}  # eight pixels per latent, where no autoencoder tells
+    got = second(**{**call, **size}, **given, generator=seeded(0)).images
+    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=rf"{denoiser}=None: this pipeline can encode prompts only"):
+        first("a")
+    with pytest.raises(ValueError, match="vae=None: this pipeline makes output_type='latent'"):
+        second(**given)
+    with pytest.raises(ValueError, match="text_encoder=None: pass prompt_embeds"):
+        second("a", output_type="latent")
 
 
 def test_a_unet_and_a_slim_side_are_joined_where_a_pipeline_is_built(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ class Flux(FluxPicturePrompts):
     component_names: ClassVar[tuple[str, ...]] = ("scheduler", "vae", *ENCODERS, "transformer", *PICTURES)
     optional_components = (*ENCODERS, *PICTURES)
     first_sigmas = True
+    packed = 4
     order = (
         "prompt prompt_2 negative_prompt negative_prompt_2 true_cfg_scale image mask_image masked_image_latents control_image "
         "height width padding_mask_crop strength num_inference_steps sigmas guidance_scale control_guidance_start "
@@ -117,8 +118,10 @@ class Flux(FluxPicturePrompts):
     def control(
         self, run: Run, control: Control, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, branches: Sequence[int]
     ) -> dict[str, torch.Tensor]:
-        """The residuals of a control network."""
-        network, picture = control.network, torch.cat([control.pictures[0]] * len(branches))
+        """The residuals of a control network, those of the prompt for the negative prompt too."""
+        network, picture, count = control.network, control.pictures[0], len(branches)
+        x, t = x[-run.batch :], t[-run.batch :]
+        conditioning = conditioning.branches([count - 1], count, run.batch)
         inputs = self._inputs(x, Conditioning({k: v for k, v in conditioning.items() if not k.startswith("references")}))
         if not network.config.guidance_embeds:
             inputs.pop("guidance", None)
@@ -128,8 +131,8 @@ class Flux(FluxPicturePrompts):
             controlnet_cond=condition, controlnet_mode=mode, conditioning_scale=control.scale, timestep=t / 1000, **inputs,
             joint_attention_kwargs=region_options(conditioning, (x.shape[2] // 2, x.shape[3] // 2)), return_dict=False,
         )  # fmt: skip
-        named = [numbered(name, part or ()) for name, part in zip(RESIDUALS, found, strict=True)]
-        return {**named[0], **named[1]}
+        parts = zip(RESIDUALS, found, strict=True)
+        return {k: torch.cat([v] * count) for name, part in parts for k, v in numbered(name, part or ()).items()}
 
     def control_latents(self, network: Any, image: torch.Tensor, run: Run) -> torch.Tensor:
         """A control picture (B, 3, H, W) in -1..1 as the control network reads it."""

@@ -101,7 +101,7 @@ class StableDiffusion3(SD3PicturePrompts):
         self, texts: tuple[list[str], ...], clip_skip: int | None, length: int, syntax: str, least: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of both CLIP models side by side, then T5's (B, N, D), and pooled texts (B, P); zeros for what is missing."""
-        config, count = self.transformer.config, len(texts[0])
+        count = len(texts[0])
         blank: Any = {"device": self.device, "dtype": self.compute_dtype}
         clips = [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
         found: list[torch.Tensor | None] = [None, None]
@@ -112,13 +112,14 @@ class StableDiffusion3(SD3PicturePrompts):
                 found[i] = pools.pop(0) if encoder is not None else None
         known = sum(p.shape[1] for p in found if p is not None)
         missing = sum(p is None for p in found)
-        pooled = [torch.zeros(count, (config.pooled_projection_dim - known) // missing, **blank) if p is None else p for p in found]
+        gap = (self.transformer.config.pooled_projection_dim - known) // missing if missing else 0
+        pooled = [torch.zeros(count, gap, **blank) if p is None else p for p in found]
         before = pooled[0].shape[1] if found[0] is None and found[1] is not None else 0
-        states = F.pad(states, (before, config.joint_attention_dim - states.shape[-1] - before))
         if self.text_encoder_3 is None:
-            t5 = torch.zeros(count, length, config.joint_attention_dim, **blank)
+            t5 = torch.zeros(count, length, self.transformer.config.joint_attention_dim, **blank)
         else:
             t5 = encode_t5(self.tokenizer_3, self.text_encoder_3, texts[2], length, syntax)
+        states = F.pad(states, (before, t5.shape[-1] - states.shape[-1] - before))
         return torch.cat([states.to(t5), t5], dim=1), torch.cat([p.to(t5) for p in pooled], dim=1)
 
     def encode_prompt(

@@ -25,7 +25,7 @@ class Inpainting(StableDiffusion):
 
     def adopt(self) -> None:
         super().adopt()
-        if self.input_channels not in (4, 9):
+        if self.unet is not None and self.input_channels not in (4, 9):
             raise ValueError(f"inpainting needs a U-Net with 4 or 9 input channels, this one has {self.input_channels}")
 
 

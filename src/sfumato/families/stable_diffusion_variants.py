@@ -11,7 +11,6 @@ import torch
 from ..media.processor import VaeImageProcessor
 from ..outputs import ImagePipelineOutput
 from ..pipelines.adapters import T2I, ControlNet
-from ..pipelines.base import DiffusionPipeline
 from ..pipelines.checks import check_generators
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.run import Run
@@ -155,9 +154,6 @@ class StableDiffusionImageVariationPipeline(
     component_names = ("vae", "image_encoder", "unet", "scheduler", "safety_checker", "feature_extractor")
     optional_components = ("safety_checker",)
     adopts = {}
-
-    def adopt(self) -> None:
-        DiffusionPipeline.adopt(self)
 
     def check(self, run: Run) -> None:
         run.args.prompt = "picture"

@@ -27,14 +27,7 @@ class StableDiffusionXL(UNetFamily):
 
     family = "Stable Diffusion XL"
     component_names: ClassVar[tuple[str, ...]] = (*PARTS, "image_encoder", "feature_extractor")
-    optional_components: ClassVar[tuple[str, ...]] = (
-        "text_encoder",
-        "text_encoder_2",
-        "tokenizer",
-        "tokenizer_2",
-        "image_encoder",
-        "feature_extractor",
-    )
+    optional_components: ClassVar[tuple[str, ...]] = (*PARTS[1:5], "image_encoder", "feature_extractor")
     options: ClassVar[dict[str, Any]] = {"force_zeros_for_empty_prompt": True, "add_watermarker": None}
     negative_sizes: ClassVar[bool] = False
     order = (

@@ -185,8 +185,8 @@ class ControlNet(Adapter):
         count, pictures = len(columns[0]), getattr(run.args, self.image)
         if count > 1 and (not isinstance(pictures, (list, tuple)) or len(pictures) != count):
             raise ValueError(f"{self.image} must be a list of {count}, a picture (or a list of them) for each control network")
-        union = "num_control_type" in columns[0][0].config  # it has a scale for each kind of picture
-        whole = (self.image, "control_mode", "controlnet_conditioning_scale" if union else "")
+        # a single network's; a union network has a scale for each kind of picture
+        whole = (self.image, "control_mode", "controlnet_conditioning_scale" if "num_control_type" in columns[0][0].config else "")
         for name in (self.image, "control_mode", "controlnet_conditioning_scale", *GUIDANCE_PARTS):
             value = getattr(run.args, name)
             columns.append([value] if count == 1 and name in whole else each_of(value, count, name))

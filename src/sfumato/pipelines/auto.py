@@ -21,11 +21,11 @@ class _Auto:
         raise TypeError(f"{type(self).__name__} is not built directly: use `from_pretrained` or `from_pipe`")
 
     @classmethod
-    def _sibling(cls, name: str, perturbed: bool | None) -> type[DiffusionPipeline]:
+    def _sibling(cls, name: str, perturbed: bool | None, steered: bool) -> type[DiffusionPipeline]:
         start = registry.load(name)
         if perturbed is None:
             perturbed = has_pag(start)
-        adapters = [adapter.name for adapter in start.adapters]
+        adapters = ["controlnet"] if steered else [adapter.name for adapter in start.adapters]
         for candidate in registry.pipelines():
             fits = candidate.family == start.family and type(candidate.task) is cls.wanted and has_pag(candidate) == perturbed
             if fits and [adapter.name for adapter in candidate.adapters] == adapters:
@@ -39,12 +39,13 @@ class _Auto:
     ) -> DiffusionPipeline:
         """Loads a repository into the class of its family that does this task; see ``DiffusionPipeline.from_pretrained``.
 
-        ``enable_pag`` chooses the class with or without perturbed-attention guidance; as the repository says when not given.
+        ``enable_pag`` chooses the class with or without perturbed-attention guidance; as the repository says when not given. With
+        ``controlnet`` it is the class with ControlNets.
         """
         access = ("revision", "token", "cache_dir", "local_files_only", "force_download")
         source = Source(pretrained_model_name_or_path, **{k: kwargs[k] for k in access if k in kwargs})
-        named = pipeline_class(read_json(source.file(DiffusionPipeline.config_name)))
-        return cls._sibling(named.__name__, enable_pag).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        name = pipeline_class(read_json(source.file(DiffusionPipeline.config_name))).__name__
+        return cls._sibling(name, enable_pag, "controlnet" in kwargs).from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, *, enable_pag: bool | None = None, **components: Any) -> DiffusionPipeline:
@@ -52,7 +53,7 @@ class _Auto:
 
         ``enable_pag`` is as in :meth:`from_pretrained`.
         """
-        return cls._sibling(type(pipeline).__name__, enable_pag).from_pipe(pipeline, **components)
+        return cls._sibling(type(pipeline).__name__, enable_pag, "controlnet" in components).from_pipe(pipeline, **components)
 
 
 def has_pag(pipeline: type[DiffusionPipeline]) -> bool:

@@ -177,7 +177,8 @@ class DiffusionPipeline:
             dtype: Floating-point type, float32 when not given, or a dictionary by component name (with ``"default"``).
                 ``torch_dtype`` is the same argument.
             device_map: Device to load to.
-            **components: Ready components by name, or ``None`` for an optional one to leave out.
+            **components: Ready components by name, or ``None`` for one to leave out: a pipeline without its denoiser and
+                autoencoder encodes prompts, one without text encoders and autoencoder makes latents of encoded prompts.
 
         Raises:
             HubError: Nothing is found under the name.
@@ -210,9 +211,6 @@ class DiffusionPipeline:
                 raise ConfigError(f"{request.source.name} has no {name!r}, which {cls.__name__} needs: {remedy}")
         folder = request.fetch({name: index[name] for name in wanted})
         loaded = {name: request.load(folder, name, *index[name][:2]) for name in wanted}
-        for name, component in given.items():
-            if component is None and name not in cls.optional_components:
-                raise ValueError(f"{name}=None: {cls.__name__} cannot work without its {name}")
         pipe = cls(**loaded, **given, **options)
         pipe._name_or_path = str(request.source.name)
         return pipe

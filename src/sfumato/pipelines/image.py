@@ -31,6 +31,7 @@ class ImagePipeline(DiffusionPipeline):
         output: What a call returns.
         size_multiple: Heights and widths are multiples of this, in latents.
         picture_sets_size: Image-to-image works at the given picture's size unless told otherwise.
+        packed: Number of latents whose channels the denoiser reads as those of one token.
         rounds_skipped_steps: Of the steps left out by ``strength`` the number is rounded down, rather than that of those made.
     """
 
@@ -38,6 +39,7 @@ class ImagePipeline(DiffusionPipeline):
     output: ClassVar[type] = ImagePipelineOutput
     picture_sets_size: ClassVar[bool] = True
     rounds_skipped_steps: ClassVar[bool] = False
+    packed: ClassVar[int] = 1
     encode_prompt: Any  # of families that are told by text
 
     @property
@@ -47,8 +49,11 @@ class ImagePipeline(DiffusionPipeline):
 
     @property
     def latent_format(self) -> LatentFormat:
-        """How latents relate to pictures."""
-        return LatentFormat.of(self.vae)
+        """How latents relate to pictures; without an autoencoder, as those of all its family do."""
+        if self.vae is not None:
+            return LatentFormat.of(self.vae)
+        config = self.denoiser.config
+        return LatentFormat(None, (config.get("out_channels") or config.in_channels) // self.packed, 8, 1.0)
 
     @property
     def vae_scale_factor(self) -> int:
@@ -63,7 +68,7 @@ class ImagePipeline(DiffusionPipeline):
     @property
     def compute_dtype(self) -> torch.dtype:
         """Floating-point type of latents and conditions."""
-        return self.denoiser.dtype
+        return self.dtype if self.denoiser is None else self.denoiser.dtype
 
     @property
     def input_channels(self) -> int:
@@ -89,8 +94,19 @@ class ImagePipeline(DiffusionPipeline):
         return height * self.latent_format.factor, width * self.latent_format.factor
 
     def check(self, run: Run) -> None:
+        self.check_parts(run.args)
         self.check_size(run.args)
         check_regions(run.args.regions)
+
+    def check_parts(self, args: Any) -> None:
+        """Refuses work for a part that was left out."""
+        encoders = [name for name in self.component_names if name.startswith("text_encoder")]
+        if self.denoiser is None:
+            raise ValueError(f"{self.denoiser_name}=None: this pipeline can encode prompts only; load it with its denoiser")
+        if self.vae is None and (args.output_type != "latent" or self.task.needs_image):
+            raise ValueError("vae=None: this pipeline makes output_type='latent' of prompts only; load it with its autoencoder")
+        if encoders and args.prompt_embeds is None and all(getattr(self, name) is None for name in encoders):
+            raise ValueError(f"{encoders[0]}=None: pass prompt_embeds, or load the pipeline with its text encoders")
 
     def check_size(self, args: Any) -> None:
         """Refuses a height or width that the latents cannot have."""

@@ -54,8 +54,7 @@ class Task:
 
     def size(self, run: Run) -> tuple[int, int]:
         """Height and width of the result, in pixels."""
-        suggested = [size for adapter in run.pipe.adapters if (size := adapter.size(run)) is not None]
-        default = suggested[0] if suggested else run.pipe.default_size()
+        default = next(filter(None, (adapter.size(run) for adapter in run.pipe.adapters)), None) or run.pipe.default_size()
         return run.args.height or default[0], run.args.width or default[1]
 
     def area(self, run: Run) -> dict[str, Any]:
@@ -179,8 +178,7 @@ class ImageToImage(Task):
         if run.pipe.picture_sets_size and not (run.args.height and run.args.width):
             image = run.pipe.image_processor.preprocess(run.args.image)
             unit = run.pipe.latent_format.factor if image.shape[1] == run.pipe.latent_format.channels else 1
-            height, width = image.shape[-2] * unit, image.shape[-1] * unit
-            return run.args.height or height, run.args.width or width
+            return run.args.height or image.shape[-2] * unit, run.args.width or image.shape[-1] * unit
         return super().size(run)
 
     def truncate(self, run: Run) -> None:
