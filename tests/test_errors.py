@@ -46,24 +46,24 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("text", {"promt": "a"}, TypeError, r"StableDiffusionPipeline takes no argument 'promt'; did you mean 'prompt'"),
     ("text", {"prompt": "a", "numb_inference_steps": 2}, TypeError, r"did you mean 'num_inference_steps'"),
     ("text", {"height": 36}, ValueError, r"height=36 must be a positive multiple of 8"),
-    ("text", {"width": 0}, ValueError, r"width=0 must be a positive multiple of 8"),
+    ("text", {"width": 0}, ValueError, r"width=0 must be a whole number of at least 1"),
     ("text", {"width": 32.0}, ValueError, r"width=32\.0 must be"),
-    ("text", {"prompt": []}, ValueError, r"prompt=\[\] is empty: pass at least one"),
-    ("text", {"prompt": 5}, ValueError, r"prompt must be a text or a list of texts, not int"),
-    ("text", {"prompt": ["a", 5]}, ValueError, r"prompt must be a text or a list of texts"),
-    ("text", {"negative_prompt": 5}, ValueError, r"negative_prompt must be a text or a list of texts, not int"),
+    ("text", {"prompt": []}, ValueError, r"prompt=\[\] must be a text or a list of texts"),
+    ("text", {"prompt": 5}, ValueError, r"prompt=5 must be a text or a list of texts"),
+    ("text", {"prompt": ["a", 5]}, ValueError, r"prompt=.* must be a text or a list of texts"),
+    ("text", {"negative_prompt": 5}, ValueError, r"negative_prompt=5 must be a text or a list of texts"),
     ("text", {"prompt": ["a", "b"], "negative_prompt": ["c"]}, ValueError, r"negative_prompt has 1 texts for 2 prompts: pass"),
     ("text", {"generator": seeded(2)}, ValueError, r"2 generators for 1 pictures: pass one, or one per picture"),
     ("text", {"generator": 7}, TypeError, r"generator=7 must be torch\.Generator\(\)\.manual_seed"),
     ("text", {"latents": torch.zeros(1, 4, 8, 8)}, ValueError, r"latents have shape \(1, 4, 8, 8\), expected .*\(1, 4, 16, 16\)"),
-    ("text", {"latents": np.zeros((1, 4, 16, 16))}, ValueError, r"latents have type ndarray, expected a tensor"),
-    ("text", {"latents": torch.full((1, 4, 16, 16), NAN)}, ValueError, r"latents hold NaN"),
+    ("text", {"latents": np.zeros((1, 4, 16, 16))}, ValueError, r"latents=a ndarray .* must be a tensor"),
+    ("text", {"latents": torch.full((1, 4, 16, 16), NAN)}, ValueError, r"latents=.* must be a tensor without NaN"),
     ("text", {"prompt": None}, ValueError, r"neither of prompt and prompt_embeds given: pass exactly one"),
-    ("text", {"prompt_embeds": embeds()}, ValueError, r"both of prompt and prompt_embeds given: pass exactly one"),
-    ("text", {"prompt": None, "prompt_embeds": embeds(NAN)}, ValueError, r"prompt_embeds holds NaN .*float32 or bfloat16"),
-    ("text", {"negative_prompt_embeds": embeds(float("inf"))}, ValueError, r"negative_prompt_embeds holds NaN or infinite"),
-    ("text", {"prompt": None, "prompt_embeds": embeds(shape=(77, 32))}, ValueError, r"prompt_embeds must be a tensor"),
-    ("text", {"prompt": None, "prompt_embeds": [1.0]}, ValueError, r"prompt_embeds must be a tensor \(B, N, D\), not list"),
+    ("text", {"prompt_embeds": embeds()}, ValueError, r"both prompt and prompt_embeds are given: pass one"),
+    ("text", {"prompt": None, "prompt_embeds": embeds(NAN)}, ValueError, r"prompt_embeds=.* without NaN, from float32 or bfloat16"),
+    ("text", {"negative_prompt_embeds": embeds(float("inf"))}, ValueError, r"negative_prompt_embeds=.* without NaN"),
+    ("text", {"prompt": None, "prompt_embeds": embeds(shape=(77, 32))}, ValueError, r"has shape .77, 32., expected .B, N, D."),
+    ("text", {"prompt": None, "prompt_embeds": [1.0]}, ValueError, r"prompt_embeds=\[1.0\] must be a tensor"),
     ("text", {"negative_prompt": "a", "negative_prompt_embeds": embeds()}, ValueError, r"both negative_prompt and"),
     (
         "text",
@@ -71,7 +71,7 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"prompt_embeds \(1, 77, 32\) and negative_prompt_embeds \(1, 70, 32\) differ",
     ),
-    ("text", {"output_type": "jpg"}, ValueError, r"output_type='jpg' is unknown: expected 'pil', 'np', 'pt' or 'latent'"),
+    ("text", {"output_type": "jpg"}, ValueError, r"output_type='jpg' must be 'pil', 'np', 'pt' or 'latent'"),
     ("text", {"num_inference_steps": 0}, ValueError, r"num_inference_steps=0 must be a whole number of at least 1"),
     ("text", {"num_inference_steps": 2.5}, ValueError, r"num_inference_steps=2\.5 must be a whole number"),
     ("text", {"num_inference_steps": 2000}, ValueError, r"num_inference_steps=2000.*1000"),
@@ -79,34 +79,49 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("text", {"guidance_scale": "7"}, ValueError, r"guidance_scale='7' must be a finite number"),
     ("text", {"guidance_scale": NAN}, ValueError, r"guidance_scale=nan must be a finite number"),
     ("text", {"guidance_rescale": None}, ValueError, r"guidance_rescale=None must be a finite number"),
-    ("text", {"guidance_rescale": 1.5}, ValueError, r"guidance_rescale=1\.5 must lie in 0\.\.1"),
+    ("text", {"guidance_rescale": 1.5}, ValueError, r"guidance_rescale=1\.5 must be a finite number in 0\.\.1"),
     ("text", {"prompt": None, "prompt_embeds": embeds(shape=(1, 77, 31))}, ValueError, r"prompt_embeds is 31 wide, .* reads 32"),
     ("text", {"negative_prompt_embeds": embeds(shape=(1, 77, 9))}, ValueError, r"negative_prompt_embeds is 9 wide, .* reads 32"),
     ("text", {"timesteps": [5, 1]}, ValueError, r"DDIMScheduler takes no custom timesteps; .*EulerDiscreteScheduler"),
     ("text", {"timesteps": [5], "sigmas": [1.0]}, ValueError, r"timesteps and sigmas are both given: pass one"),
     ("text", {"callback_on_step_end_tensor_inputs": ["x"]}, ValueError, r"tensor_inputs has 'x'; .*offers latents, prompt_embeds"),
-    ("text", {"callback_steps": 0}, ValueError, r"callback_steps=0 must be at least 1"),
+    ("text", {"callback_steps": 0}, ValueError, r"callback_steps=0 must be a whole number of at least 1"),
     ("text", {"clip_skip": 99}, ValueError, r"clip_skip=99 must lie in 0\.\.3"),
-    ("text", {"clip_skip": -1}, ValueError, r"clip_skip=-1 must lie in 0\.\.3"),
-    ("text", {"prompt_syntax": "odd"}, ValueError, r"prompt_syntax='odd' is unknown: expected one of \('plain', 'weighted'\)"),
+    ("text", {"clip_skip": -1}, ValueError, r"clip_skip=-1 must be a whole number of at least 0"),
+    ("text", {"prompt_syntax": "odd"}, ValueError, r"prompt_syntax='odd' must be one of \('plain', 'weighted'\)"),
     ("text", {"ip_adapter_image": tiny.picture()}, ValueError, r"ip_adapter_image is given, but no IP-Adapter is loaded"),
     ("text", {"cross_attention_kwargs": {"scale": 0.5}}, ValueError, r"kwargs takes ip_adapter_masks alone: leave out 'scale'"),
     ("text", {"eta": 5}, ValueError, r"eta=5 .*choose a value in 0\.\.1"),
+    ("text", {"callback": "x"}, TypeError, r"callback='x' must be a function"),
+    ("text", {"callback_on_step_end": 5}, TypeError, r"callback_on_step_end=5 must be a function"),
+    ("text", {"callback_steps": 1.5}, ValueError, r"callback_steps=1\.5 must be a whole number"),
+    ("text", {"return_dict": "no"}, ValueError, r"return_dict='no' must be True or False"),
+    ("text", {"clip_skip": 1.5}, ValueError, r"clip_skip=1\.5 must be a whole number"),
+    ("text", {"cross_attention_kwargs": [1]}, TypeError, r"cross_attention_kwargs=\[1\] must be a dictionary"),
+    ("text", {"negative_prompt_embeds": embeds(shape=(0, 77, 32))}, ValueError, r"negative_prompt_embeds has shape \(0, 77, 32\)"),
+    ("text", {"negative_prompt_embeds": embeds(shape=(5, 77, 32))}, ValueError, r"one row for each of 1 prompts"),
+    ("text", {"prompt": None, "prompt_embeds": embeds(shape=(0, 77, 32))}, ValueError, r"prompt_embeds has shape \(0, 77, 32\)"),
+    ("text", {"timesteps": [1, 5]}, ValueError, r"timesteps=\[1, 5\] must be numbers from high to 0"),
+    ("text", {"timesteps": []}, ValueError, r"timesteps=\[\] must be numbers"),
+    ("text", {"sigmas": [NAN]}, ValueError, r"sigmas=\[nan\] must be numbers"),
     ("image", {}, ValueError, r"image=None: this pipeline starts from a picture; pass one"),
-    ("image", {**PICTURE, "strength": 1.5}, ValueError, r"strength=1\.5 must lie in 0\.\.1"),
-    ("image", {**PICTURE, "strength": "x"}, ValueError, r"strength='x' must lie in 0\.\.1"),
+    ("image", {**PICTURE, "strength": 1.5}, ValueError, r"strength=1\.5 must be a finite number in 0\.\.1"),
+    ("image", {**PICTURE, "strength": "x"}, ValueError, r"strength='x' must be a finite number in 0\.\.1"),
     ("image", {**PICTURE, "strength": 0.1}, ValueError, r"strength=0\.1 leaves none of 2 steps to make: raise strength to 0\.5"),
     ("image", {**PICTURE, "strength": 0}, ValueError, r"strength=0 leaves none of 2 steps"),
     ("image", {**PICTURE, "mask_image": 32}, TypeError, r"StableDiffusionImg2ImgPipeline takes no argument 'mask_image'"),
-    ("image", {"image": 5}, TypeError, r"image holds int: expected PIL pictures"),
-    ("image", {"image": []}, ValueError, r"image is an empty list"),
-    ("image", {"image": "picture.png"}, TypeError, r"image holds str: .*load_image"),
+    ("image", {"image": 5}, TypeError, r"image=5 must be PIL pictures"),
+    ("image", {"image": []}, TypeError, r"image=\[\] must be PIL pictures"),
+    ("image", {"image": "picture.png"}, TypeError, r"image='picture.png' must be .*load_image"),
     ("image", {"image": torch.full((1, 3, 32, 32), NAN)}, ValueError, r"NaN"),
     ("image", {"prompt": ["a", "b"], "image": [tiny.picture()] * 3}, ValueError, r"3 image\(s\) cannot be shared out evenly"),
     ("inpaint", PICTURE, ValueError, r"mask_image=None: inpainting needs a picture and a mask"),
     ("inpaint", {"mask_image": tiny.mask()}, ValueError, r"image=None: inpainting needs"),
     ("inpaint", {**PAINT, "padding_mask_crop": 4}, ValueError, r"output_type='np' must be 'pil'"),
     ("inpaint", {**PICTURE, "mask_image": [tiny.mask()] * 3}, ValueError, r"3 mask\(s\) cannot be shared out evenly"),
+    ("inpaint", {**PAINT, "padding_mask_crop": -4}, ValueError, r"padding_mask_crop=-4 must be a whole number of at least 0"),
+    ("inpaint", {**PAINT, "masked_image_latents": [1]}, ValueError, r"masked_image_latents=\[1\] must be a tensor"),
+    ("inpaint", {**PICTURE, "mask_image": 5}, TypeError, r"mask_image=5 must be PIL pictures"),
     ("DDPMPipeline", {"prompt": "a"}, TypeError, r"DDPMPipeline takes no argument 'prompt'"),
     ("DDPMPipeline", {"batch_size": 0}, ValueError, r"batch_size=0 must be a whole number of at least 1"),
 ]  # fmt: skip
@@ -128,6 +143,37 @@ def test_bad_arguments_are_refused(
         monkeypatch.undo()  # the scheduler judges eta, at its first step
     with pytest.raises(error, match=message):
         pipe(**call)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(pipes: dict[str, Any]) -> None:
+    call = {"prompt": "a", "image": tiny.picture(), "output_type": "np", "height": 32, "strength": 0.5, "guidance_scale": 3.0}
+    call |= {"num_inference_steps": 4, "num_images_per_prompt": 2, "clip_skip": 1, "eta": 0.5}
+    numbers = {k: v for k, v in call.items() if isinstance(v, (int, float))}
+    expected = pipes["image"](**call, generator=seeded(1)[0]).images
+    for convert in (np.asarray, torch.tensor, lambda v: np.asarray(v)[()]):
+        got = pipes["image"](**{**call, **{k: convert(v) for k, v in numbers.items()}}, generator=seeded(1)[0]).images
+        assert np.array_equal(got, expected)
+
+
+def test_a_second_prompt_beside_embeddings_or_of_another_count_is_refused(checkpoint: Checkpoint) -> None:
+    pipe = sfumato.StableDiffusionXLPipeline.from_pretrained(checkpoint("StableDiffusionXLPipeline")[0])
+    encoded = {"prompt_embeds": embeds(shape=(1, 77, 64)), "pooled_prompt_embeds": torch.zeros(1, 32)}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"prompt_2": "b", **encoded}, "both prompt_2 and prompt_embeds are given: pass one"),
+        ({"prompt": "a", "prompt_2": ["b", "c"]}, "prompt_2 has 2 texts for 1 prompts"),
+        ({"prompt": "a", "negative_prompt_2": 5}, "negative_prompt_2=5 must be a text"),
+        ({"prompt": "a", "original_size": 5}, "original_size=5 must be two numbers"),
+        ({"prompt": "a", "target_size": (NAN, 32)}, r"target_size=\(nan, 32\) must be two numbers"),
+        ({"prompt": "a", "timesteps": [1e6]}, "timesteps=1000000.0 must be a finite number in 0..1000"),
+    ]
+    for call, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            pipe(**call)
+
+
+def test_what_cannot_process_attention_is_refused(pipes: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="processor='x' must be callable"):
+        pipes["text"].unet.set_attn_processor("x")
 
 
 def test_nan_decoded_picture_names_the_vae(checkpoint: Checkpoint) -> None:

@@ -574,7 +574,8 @@ def test_calls_that_cannot_work(checkpoint: Checkpoint) -> None:
         ({"upp": 1.0}, "did you mean 'up'"),
         ({"up": {"block_0": 1.0}}, "block_1 do"),
         ({"up": {"block_1": [0.1, 0.2, 0.3]}}, "3 values for 2 transformers"),
-        ("strong", "expected a number"),
+        ("strong", "scale=.strong. must be a finite number"),
+        (float("nan"), "scale=nan must be a finite number"),
     ],
 )
 def test_scales_that_cannot_work(checkpoint: Checkpoint, scale: Any, message: str) -> None:

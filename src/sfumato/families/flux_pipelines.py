@@ -124,7 +124,7 @@ def mode_latents(run: Run, pixels: torch.Tensor, what: str) -> torch.Tensor:
 
 def refer(run: Run, image: Any) -> None:
     """Lets the denoiser see pictures beside its own: a list of lists has several for each picture."""
-    nested = isinstance(image, (list, tuple)) and image and isinstance(image[0], (list, tuple))
+    nested = isinstance(image, (list, tuple)) and isinstance(image[0], (list, tuple))
     found = []
     for pictures in zip(*image, strict=True) if nested else [image]:
         given = list(pictures) if isinstance(pictures, tuple) else pictures

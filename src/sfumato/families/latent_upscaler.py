@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..outputs import ImagePipelineOutput
-from ..pipelines.checks import as_list, check_generators, check_width, negative_texts, prompt_count
+from ..pipelines.checks import as_list, check_generators, check_pooled, check_width, negative_texts, prompt_count
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.guidance import WHOLE, Weakening
 from ..pipelines.image import ImagePipeline
@@ -63,8 +63,7 @@ class StableDiffusionLatentUpscalePipeline(
     def check(self, run: Run) -> None:
         super().check(run)
         args = run.args
-        if (args.prompt_embeds is None) != (args.pooled_prompt_embeds is None):
-            raise ValueError("prompt_embeds and pooled_prompt_embeds belong together: pass both or neither")
+        check_pooled(args)
         pooled_width = self.unet.config.time_cond_proj_dim - NOISE_LEVEL_WIDTH
         check_width(args, ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), pooled_width)
         name = type(self.scheduler).__name__
@@ -88,8 +87,6 @@ class StableDiffusionLatentUpscalePipeline(
             if negative is None:
                 negatives = negative_texts(args.negative_prompt, run.batch)
                 negative, negative_pooled = encode_clip(self.tokenizer, self.text_encoder, negatives, layer="last")
-            elif negative_pooled is None:
-                raise ValueError("negative_prompt_embeds and negative_pooled_prompt_embeds belong together: pass both or neither")
             embeds, pooled = torch.cat([negative, embeds]), torch.cat([negative_pooled, pooled])
         embeds, pooled = (x.to(run.device, self.compute_dtype) for x in (embeds, pooled))
         half = torch.ones(len(pooled), NOISE_LEVEL_WIDTH // 2, device=run.device, dtype=pooled.dtype)

@@ -100,7 +100,7 @@ class NoisyUpscale(Task):
     def check(self, run: Run) -> None:
         super().check(run)
         limit = run.pipe.max_noise_level
-        if not 0 <= run.args.noise_level <= limit:
+        if run.args.noise_level > limit:
             raise ValueError(f"noise_level={run.args.noise_level} must lie in 0..{limit}")
 
     def prepare(self, run: Run) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..pipelines.checks import as_list, check_fraction, check_pooled, check_prompts, check_width, negative_texts
+from ..pipelines.checks import as_list, check_pooled, check_prompts, check_width, negative_texts
 from ..pipelines.run import NEGATIVE_EMBEDS, Named, Run, conditioned, negative
 from ..pipelines.text import encode_clips
 from .unet import UNetFamily
@@ -67,8 +67,6 @@ class StableDiffusionXL(UNetFamily):
         check_pooled(args)
         check_width(args, ("prompt_embeds", "negative_prompt_embeds"), self.unet.config.cross_attention_dim)
         start, end = args.denoising_start, args.denoising_end
-        for name in ("denoising_start", "denoising_end"):
-            check_fraction(args, name)
         if start is not None and end is not None and start >= end:
             raise ValueError(f"denoising_start={start} must lie below denoising_end={end}")
 

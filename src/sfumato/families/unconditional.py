@@ -12,7 +12,7 @@ import torch
 from ..media.processor import VaeImageProcessor
 from ..outputs import ImagePipelineOutput
 from ..pipelines.base import DiffusionPipeline
-from ..pipelines.checks import check_count, check_generators
+from ..pipelines.checks import check_generators
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.guidance import WHOLE, Weakening
 from ..pipelines.run import LATENTS, Run
@@ -45,7 +45,6 @@ class Unconditional(DiffusionPipeline):
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def condition(self, run: Run) -> None:
-        check_count(run.args, "batch_size")
         run.batch = run.args.batch_size
         check_generators(run)
 

@@ -10,8 +10,9 @@ import torch
 
 from ..models.several import Several
 from ..pipelines.adapters import Control
+from ..pipelines.checks import check_number
 from ..pipelines.conditioning import Conditioning, numbered
-from ..pipelines.guidance import WHOLE, EditGuidance, Guidance, Weakening, check_number
+from ..pipelines.guidance import WHOLE, EditGuidance, Guidance, Weakening
 from ..pipelines.image import ATTENTION_INPUTS, attention_options, network_of, region_options
 from ..pipelines.ip_adapter import PicturePrompts
 from ..pipelines.run import Run

@@ -10,6 +10,7 @@ import json
 import sys
 import urllib.request
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,8 +187,10 @@ def outpaint(
         ValueError: Nothing is added, or something is negative.
     """
     added = (left, top, right, bottom)
-    if min(*added, overlap) < 0 or not any(added):
-        raise ValueError(f"left, top, right, bottom={added}, overlap={overlap}: add pixels at one edge or more, none negative")
+    if not all(isinstance(n, Integral) and n >= 0 for n in (*added, overlap)) or not any(added):
+        raise ValueError(
+            f"left, top, right, bottom={added}, overlap={overlap}: add pixels at one edge or more, whole and none negative"
+        )
     pixels = np.asarray(opaque(image))
     height, width = pixels.shape[:2]
     canvas = np.pad(pixels, ((top, bottom), (left, right), (0, 0)), mode="edge")

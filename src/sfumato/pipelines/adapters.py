@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ..media.processor import VaeImageProcessor
 from ..models.several import Several
+from .checks import NUMBERS
 from .conditioning import Conditioning, numbered
 from .run import Named
 from .tasks import per_picture
@@ -173,11 +173,9 @@ class ControlNet(Adapter):
         super().check(run)
         for network, picture, mode, scale, start, end in self._given(run):
             for value in each_of(scale, len(self._kinds(network, mode, picture)[1]), "controlnet_conditioning_scale"):
-                if not isinstance(value, (Real, torch.Tensor)):
-                    raise ValueError(f"controlnet_conditioning_scale={value!r} must be a number, or one for each control network")
-            if not all(isinstance(part, Real) for part in (start, end)) or not 0 <= start < end <= 1:
-                parts = f"control_guidance_start={start!r} and control_guidance_end={end!r}"
-                raise ValueError(f"{parts} must be parts of the steps, 0 to 1, in order")
+                NUMBERS("controlnet_conditioning_scale", value)
+            if not 0 <= start < end <= 1:
+                raise ValueError(f"control_guidance_start={start!r} and control_guidance_end={end!r} must rise within 0 to 1")
 
     def _given(self, run: Run) -> list[tuple[Any, ...]]:
         """Each network with what is its own of the arguments: pictures, mode, scale, start and end."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from .text import SYNTAXES
 
@@ -14,44 +18,90 @@ if TYPE_CHECKING:
     from .run import Run
 
 
-def check_count(args: Any, name: str) -> None:
-    """Refuses an argument that is no whole number of at least 1."""
-    value = getattr(args, name)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+def plain(value: Any) -> Any:
+    """Numbers of torch and numpy as Python's own, and rows of them as lists."""
+    return value.tolist() if getattr(value, "ndim", 2) < 2 else value
 
 
-def check_strength(run: Run) -> None:
-    """Refuses a strength outside 0..1."""
-    if not (isinstance(run.args.strength, Real) and 0 <= float(run.args.strength) <= 1):
-        raise ValueError(f"strength={run.args.strength!r} must lie in 0..1: 0 keeps the picture, 1 starts from noise")
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of argument: what to ``expect``, in words, whether a value ``fits``, and the error if it does not."""
+
+    expect: str
+    fits: Callable[[Any], bool]
+    error: type[Exception] = ValueError
+
+    def __call__(self, name: str, value: Any) -> Any:
+        """The value, with Python's own numbers; an error if it is of another kind."""
+        found = plain(value)
+        if not self.fits(found):
+            shown = f"a {type(value).__name__} of shape {tuple(value.shape)}" if getattr(value, "ndim", 0) > 1 else repr(value)
+            raise self.error(f"{name}={shown} must be {self.expect}")
+        return found
+
+
+def whole(low: int = 1, high: float = math.inf) -> Kind:
+    """Whole numbers."""
+    limits = f"of at least {low}" if math.isinf(high) else f"in {low}..{high}"
+    return Kind(f"a whole number {limits}", lambda v: isinstance(v, int) and low <= v <= high)
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raises ``ValueError`` unless ``value`` is a finite number in ``low..high``."""
+    within = "" if math.isinf(low) and math.isinf(high) else f" in {low:g}..{high:g}"
+    Kind(f"a finite number{within}", lambda v: is_number(v) and low <= v <= high)(name, value)
+
+
+def each(value: Any, fits: Callable[[Any], bool]) -> bool:
+    """Whether a value is a list of such that fit, at least one."""
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(fits, value))
+
+
+def is_picture(value: Any) -> bool:
+    """Whether a value is a picture, or lists of pictures."""
+    return isinstance(value, (Image.Image, np.ndarray, torch.Tensor)) or each(value, is_picture)
+
+
+NUMBER, COUNT, INDEX, LENGTH = Kind("a finite number", is_number), whole(), whole(0), whole(1, 512)
+UNIT = Kind("a finite number in 0..1", lambda v: is_number(v) and 0 <= v <= 1)
+FRACTION = Kind("a number between 0 and 1, a part of the schedule", lambda v: is_number(v) and 0 < v < 1)
+NUMBERS = Kind("a finite number, or a list of such", lambda v: is_number(v) or each(v, is_number))
+PAIR = Kind("two numbers", lambda v: each(v, is_number) and len(v) == 2)
+DESCENDING = Kind("numbers from high to 0", lambda v: each(v, is_number) and [*v, 0] == sorted([*v, 0], reverse=True))
+TEXT = Kind("a text or a list of texts", lambda v: isinstance(v, str) or each(v, lambda item: isinstance(item, str)))
+SWITCH = Kind("True or False", lambda v: v in (True, False, None))
+FUNCTION, KEYWORDS = Kind("a function", callable, TypeError), Kind("a dictionary", lambda v: isinstance(v, dict), TypeError)
+PICTURES = Kind("PIL pictures, numpy arrays or torch tensors, one or more (load_image reads files)", is_picture, TypeError)
+TENSOR = Kind("a tensor without NaN, from float32 or bfloat16", lambda v: isinstance(v, torch.Tensor) and bool(v.isfinite().all()))
+OUTPUT = Kind("'pil', 'np', 'pt' or 'latent'", lambda v: v in ("pil", "np", "pt", "latent"))
+SYNTAX = Kind(f"one of {SYNTAXES}", lambda v: v in SYNTAXES)
+ANY = Kind("anything", lambda v: True)
 
 
 def check_prompts(args: Any) -> None:
     """Refuses prompts and embeddings that contradict each other or cannot be encoded."""
-    if args.prompt_syntax not in SYNTAXES:
-        raise ValueError(f"prompt_syntax={args.prompt_syntax!r} is unknown: expected one of {SYNTAXES}")
-    if (args.prompt is None) == (args.prompt_embeds is None):
-        both = "both" if args.prompt is not None else "neither"
-        raise ValueError(f"{both} of prompt and prompt_embeds given: pass exactly one")
-    if args.negative_prompt is not None and args.negative_prompt_embeds is not None:
-        raise ValueError("both negative_prompt and negative_prompt_embeds are given: pass one")
+    if args.prompt is None and args.prompt_embeds is None:
+        raise ValueError("neither of prompt and prompt_embeds given: pass exactly one")
+    count = prompt_count(args)
     for name in ("prompt", "negative_prompt"):
-        text, embeds = getattr(args, name), getattr(args, f"{name}_embeds")
-        if text is not None and not isinstance(text, str):
-            if not isinstance(text, (list, tuple)) or not all(isinstance(item, str) for item in text):
-                raise ValueError(f"{name} must be a text or a list of texts, not {type(text).__name__}")
-            if not text:
-                raise ValueError(f"{name}=[] is empty: pass at least one text")
-        if embeds is not None:
-            if not (isinstance(embeds, torch.Tensor) and embeds.ndim == 3):
-                raise ValueError(f"{name}_embeds must be a tensor (B, N, D), not {getattr(embeds, 'shape', type(embeds).__name__)}")
-            if not bool(torch.isfinite(embeds).all()):
-                raise ValueError(f"{name}_embeds holds NaN or infinite values: encode the prompt in float32 or bfloat16")
+        for embeds, sizes in ((f"{name}_embeds", "(B, N, D)"), (name.replace("prompt", "pooled_prompt_embeds"), "(B, D)")):
+            value = getattr(args, embeds)
+            if value is not None and (value.ndim != sizes.count(",") + 1 or len(value) != max(count, 1)):
+                raise ValueError(f"{embeds} has shape {tuple(value.shape)}, expected {sizes}, one row for each of {count} prompts")
+        for other in (name, f"{name}_2", f"{name}_3"):
+            texts = getattr(args, other)
+            if texts is not None and getattr(args, f"{name}_embeds") is not None:
+                raise ValueError(f"both {other} and {name}_embeds are given: pass one")
+            if len(as_list(texts)) not in (count, 0 if texts is None else count, 1 if name != "prompt" else count):
+                raise ValueError(f"{other} has {len(as_list(texts))} texts for {count} prompts: pass as many")
     shapes = [tuple(e.shape) for e in (args.prompt_embeds, args.negative_prompt_embeds) if e is not None]
     if len(set(shapes)) == 2:
         raise ValueError(f"prompt_embeds {shapes[0]} and negative_prompt_embeds {shapes[1]} differ in shape")
-    check_count(args, "num_images_per_prompt")
 
 
 def check_width(args: Any, names: tuple[str, ...], width: int | Sequence[int]) -> None:
@@ -97,13 +147,6 @@ def check_regions(regions: Any) -> None:
     pairs = isinstance(regions, (list, tuple)) and regions and all(isinstance(r, tuple) and len(r) == 2 for r in regions)
     if not pairs or not all(isinstance(text, str) for text, _ in regions):
         raise ValueError(f"regions={regions!r} must be a list of (prompt, mask), the mask white where the prompt holds")
-
-
-def check_fraction(args: Any, name: str) -> None:
-    """Refuses a part of the schedule that does not lie between 0 and 1; ``None`` is none."""
-    value = getattr(args, name)
-    if value is not None and not (isinstance(value, Real) and 0 < float(value) < 1):
-        raise ValueError(f"{name}={value!r} must lie between 0 and 1, a part of the schedule")
 
 
 def check_pooled(args: Any) -> None:

@@ -7,15 +7,14 @@ works on a copy of its own, bound to its pipeline. While a guidance is inactive 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..models.layers.options import Perturbation
+from .checks import check_number
 
 if TYPE_CHECKING:
     from .base import DiffusionPipeline
@@ -148,13 +147,6 @@ def rescaled(guided: torch.Tensor, conditional: torch.Tensor, weight: float) -> 
     dims = list(range(1, guided.ndim))
     matched = guided * (conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
     return weight * matched + (1 - weight) * guided
-
-
-def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raises ``ValueError`` unless ``value`` is a finite number in ``low..high``."""
-    if not (isinstance(value, Real) and math.isfinite(value) and low <= float(value) <= high):
-        within = "" if math.isinf(low) and math.isinf(high) else f" in {low:g}..{high:g}"
-        raise ValueError(f"{name}={value!r} must be a finite number{within}")
 
 
 def check_stretch(start: Any, stop: Any, prefix: str = "") -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from .guidance import ClassifierFreeGuidance, Guidance, Pass, Weakening, check_number
+from .checks import check_number
+from .guidance import ClassifierFreeGuidance, Guidance, Pass, Weakening
 
 if TYPE_CHECKING:
     from .base import DiffusionPipeline

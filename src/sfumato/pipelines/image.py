@@ -113,7 +113,7 @@ class ImagePipeline(DiffusionPipeline):
         multiple, factor = self.size_multiple, self.latent_format.factor
         for name in ("height", "width"):
             value = getattr(args, name)
-            if value is not None and (not isinstance(value, int) or value < multiple or value % multiple):
+            if value is not None and value % multiple:
                 raise ValueError(f"{name}={value!r} must be a positive multiple of {multiple} (and of {factor} to be met exactly)")
 
     def adds_noise(self, run: Run) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from pathlib import PurePath
 from typing import Any, ClassVar
 
@@ -22,6 +21,7 @@ from ..models.layers.attention import Attention
 from ..models.layers.image_prompt import ImagePromptAttention, JointImagePromptAttention, prompted_layers
 from ..models.layers.joint_attention import JointAttention
 from ..weights import assign, read_tensors, weight_patterns
+from .checks import NUMBERS, TENSOR
 from .conditioning import numbered
 from .image import ImagePipeline
 from .loading import LoadRequest
@@ -449,10 +449,8 @@ def _scales_of_layers(scale: Any, names: Sequence[str]) -> tuple[Any, ...]:
 
 def checked_scale(value: Any) -> Any:
     """A number, or a tuple of one for each picture."""
-    each = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if not each or not all(isinstance(x, Real) for x in each):
-        raise ValueError(f"{value!r} is no scale of an IP-Adapter: expected a number, or with masks a list of one for each picture")
-    return each if isinstance(value, (list, tuple)) else value
+    found = NUMBERS("scale", value)
+    return tuple(found) if isinstance(found, (list, tuple)) else found
 
 
 def _scale_table(scales: Sequence[Sequence[Any]], counts: Sequence[int], masked: bool) -> torch.Tensor:
@@ -476,13 +474,11 @@ def _for_each(value: Any, count: int, name: str) -> list[Any]:
 
 def _checked_embeds(embeds: Any, branches: int, width: int) -> torch.Tensor:
     name = "ip_adapter_image_embeds"
-    if not isinstance(embeds, torch.Tensor) or embeds.dim() not in (3, 4) or embeds.shape[-1] != width:
-        what = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
-        raise ValueError(f"{name} holds {what}, expected tensors (rows, pictures, {width}) or (rows, pictures, N, {width})")
+    TENSOR(name, embeds)
+    if embeds.dim() not in (3, 4) or embeds.shape[-1] != width:
+        raise ValueError(f"{name} holds {tuple(embeds.shape)}, expected (rows, pictures, {width}) or (rows, pictures, N, {width})")
     if len(embeds) % branches:
         raise ValueError(f"{name} has {len(embeds)} rows: under guidance it needs the negative ones, then as many positive ones")
-    if not embeds.isfinite().all():
-        raise ValueError(f"{name} holds NaN or infinite values: encode the pictures in float32 or bfloat16")
     return embeds
 
 

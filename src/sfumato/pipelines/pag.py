@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from .guidance import Guidance, check_number
+from .guidance import Guidance
 from .image import ImagePipeline
 from .run import Run
 from .weak_models import PerturbedAttentionGuidance, find_layers
@@ -41,11 +41,6 @@ class PerturbedAttention(ImagePipeline):
         """
         find_layers(self.denoiser, "identity", pag_applied_layers, "pag_applied_layers")
         self._options["pag_applied_layers"] = pag_applied_layers
-
-    def check(self, run: Run) -> None:
-        super().check(run)
-        for name in ("pag_scale", "pag_adaptive_scale"):
-            check_number(name, getattr(run.args, name))
 
     def choose_guidance(self, run: Run) -> Guidance:
         args, guided = run.args, super().choose_guidance(run)

@@ -226,7 +226,7 @@ class Run:
         args = self.args
         if args.callback_on_step_end is not None:
             offered = self.callback_tensors
-            given = {name: offered[name].read(self) for name in args.callback_on_step_end_tensor_inputs}
+            given = {name: offered[name].read(self) for name in args.callback_on_step_end_tensor_inputs or ()}
             answer = args.callback_on_step_end(PipelineView(self), self.index, t, dict(given)) or {}
             refuse_unknown(answer, offered, f"this pipeline offers {', '.join(offered)}; a callback returned", ValueError)
             for name, value in answer.items():

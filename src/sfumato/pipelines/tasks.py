@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 
 from ..random import randn
-from .checks import check_count, check_strength
+from .checks import check_number
 from .run import CHANNELS, EMBEDS, LATENTS, NEGATIVE_EMBEDS, Named, Run, accepted
 
 
@@ -32,23 +31,12 @@ class Task:
     def check(self, run: Run) -> None:
         """Refuses arguments that cannot work, before any work is done."""
         args = run.args
-        check_count(args, "num_inference_steps")
         needed: tuple[str, ...] = ("image", "mask_image") if "mask_image" in self.arguments else ("image",)
         for name in needed if self.needs_image else ():
             if getattr(args, name) is None:
                 raise ValueError(f"{name}=None: {self.needs_image}")
-        for name in ("guidance_scale", "image_guidance_scale", "guidance_rescale", "eta"):
-            value = getattr(args, name)
-            if not (isinstance(value, Real) and math.isfinite(value)):
-                raise ValueError(f"{name}={value!r} must be a finite number")
-        if not 0 <= args.guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale={args.guidance_rescale} must lie in 0..1: 0 turns it off")
-        if args.output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={args.output_type!r} is unknown: expected 'pil', 'np', 'pt' or 'latent'")
-        if args.callback_steps is None or args.callback_steps < 1:
-            raise ValueError(f"callback_steps={args.callback_steps!r} must be at least 1")
         offered = run.callback_tensors
-        unknown = [n for n in args.callback_on_step_end_tensor_inputs if n not in offered]
+        unknown = [n for n in args.callback_on_step_end_tensor_inputs or () if n not in list(offered)]
         if unknown:
             raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}; this pipeline offers {', '.join(offered)}")
 
@@ -72,6 +60,8 @@ class Task:
         remedy = "a scheduler that does is EulerDiscreteScheduler"
         for name in custom.keys() - takes:
             raise ValueError(f"{type(scheduler).__name__} takes no custom {name}; {remedy}")
+        if "timesteps" in custom:
+            check_number("timesteps", max(custom["timesteps"]), 0, high=scheduler.config.get("num_train_timesteps", math.inf))
         given = custom or {"num_inference_steps": args.num_inference_steps}
         scheduler.set_timesteps(**run.pipe.schedule_options(run, given), device=run.device)
         run.timesteps = scheduler.timesteps
@@ -96,16 +86,12 @@ class Task:
     def noise_of_shape(self, run: Run, shape: tuple[int, ...]) -> torch.Tensor:
         """As :meth:`noise`, for a given shape, which the caller's latents must have."""
         dtype, given = run.pipe.compute_dtype, run.args.latents
-        if isinstance(given, torch.Tensor):
-            given = run.pipe.unpack(given, *shape[-2:])
         if given is None:
             return randn(shape, generator=run.args.generator, device=run.device, dtype=dtype)
-        if not isinstance(given, torch.Tensor) or tuple(given.shape) != shape:
-            what = f"shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else f"type {type(given).__name__}"
-            raise ValueError(f"latents have {what}, expected a tensor of shape {shape} for this batch and size")
-        if not given.isfinite().all():
-            raise ValueError("latents hold NaN or infinite values: pass finite noise")
-        return given.to(run.device, dtype)
+        packed = tuple(run.pipe.pack(torch.empty(shape, device="meta")).shape)
+        if tuple(given.shape) not in (shape, packed):
+            raise ValueError(f"latents have shape {tuple(given.shape)}, expected {packed} for this batch and size")
+        return run.pipe.unpack(given, *shape[-2:]).to(run.device, dtype)
 
     def time(self, run: Run) -> torch.Tensor:
         """What the denoiser is told as time, a scalar tensor."""
@@ -169,10 +155,6 @@ class ImageToImage(Task):
     name = "image-to-image"
     arguments = "image strength height width"
     needs_image = "this pipeline starts from a picture; pass one, or use the text-to-image pipeline"
-
-    def check(self, run: Run) -> None:
-        super().check(run)
-        check_strength(run)
 
     def size(self, run: Run) -> tuple[int, int]:
         if run.pipe.picture_sets_size and not (run.args.height and run.args.width):

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ..media.image import plain
 from .base import DiffusionPipeline
+from .checks import is_number
 from .tasks import ImageToImage
 
 
@@ -45,8 +46,8 @@ def upscale_by_tiles(
     for name, value in (("tile", tile), ("overlap", overlap)):
         if value % unit or value < unit:
             raise ValueError(f"{name}={value} must be a positive multiple of {unit} for {type(pipe).__name__}")
-    if overlap * 2 > tile or factor <= 0:
-        raise ValueError(f"overlap={overlap} must be at most half of tile={tile}, and factor={factor} positive")
+    if overlap * 2 > tile or not is_number(factor) or factor <= 0:
+        raise ValueError(f"overlap={overlap} must be at most half of tile={tile}, and factor={factor} a positive number")
     width, height = (round(edge * factor) for edge in image.size)
     whole = plain(image).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     steer = call.pop("control_image", None)

@@ -18,7 +18,8 @@ from torch import nn
 from ..models.layers.joint_attention import JointAttention
 from ..models.layers.options import Perturbation
 from ..models.layers.transformer_2d import BasicTransformerBlock
-from .guidance import WHOLE, ClassifierFreeGuidance, Guidance, Pass, Weakening, check_number, check_stretch
+from .checks import check_number
+from .guidance import WHOLE, ClassifierFreeGuidance, Guidance, Pass, Weakening, check_stretch
 
 if TYPE_CHECKING:
     from .base import DiffusionPipeline

@@ -140,7 +140,7 @@ def find_backend(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(
-            f"attention backend {name!r} is unknown{did_you_mean(name, BACKENDS)}: expected one of {', '.join(BACKENDS)}"
+            f"attention backend {name!r} is unknown{did_you_mean(str(name), BACKENDS)}: expected one of {', '.join(BACKENDS)}"
         )
     backend = BACKENDS[name]
     if backend.package and importlib.util.find_spec(backend.package) is None:

@@ -44,6 +44,8 @@ class Processable:
 
     def set_processor(self, processor: Processor) -> None:
         """Puts a processor in place; an :class:`AttnProcessor` undoes it."""
+        if not callable(processor):
+            raise TypeError(f"processor={processor!r} must be callable: pass AttnProcessor() for the layer's own computation")
         self.custom_processor = None if isinstance(processor, AttnProcessor) else processor
 
     def prepare_attention_mask(
