@@ -17,6 +17,11 @@ from ..pipelines.tasks import ImageToImage, Task
 from .stable_diffusion import StableDiffusion
 
 DENOISED = Named(lambda run: run.denoised, lambda run, value: setattr(run, "denoised", value))
+CALL = (
+    "original_inference_steps timesteps guidance_scale num_images_per_prompt generator latents prompt_embeds ip_adapter_image "
+    "ip_adapter_image_embeds output_type return_dict cross_attention_kwargs clip_skip callback_on_step_end "
+    "callback_on_step_end_tensor_inputs"
+)
 MORE = "prompt_syntax callback callback_steps guidance regions"
 FEW = {"num_inference_steps": 4, "guidance_scale": 8.5}
 
@@ -55,24 +60,13 @@ class LatentConsistency(StableDiffusion):
 
 
 class LatentConsistencyModelPipeline(
-    LatentConsistency,
-    task=Task(),
-    call="prompt height width num_inference_steps original_inference_steps timesteps guidance_scale num_images_per_prompt "
-    "generator latents prompt_embeds ip_adapter_image ip_adapter_image_embeds output_type return_dict cross_attention_kwargs "
-    "clip_skip callback_on_step_end callback_on_step_end_tensor_inputs",
-    extra=MORE,
-    defaults=FEW,
+    LatentConsistency, task=Task(), call=f"prompt height width num_inference_steps {CALL}", extra=MORE, defaults=FEW
 ):
     """Pictures from text in few steps."""
 
 
 class LatentConsistencyModelImg2ImgPipeline(
-    LatentConsistency,
-    task=ImageToImage(),
-    call="prompt image num_inference_steps strength original_inference_steps timesteps guidance_scale num_images_per_prompt "
-    "generator latents prompt_embeds ip_adapter_image ip_adapter_image_embeds output_type return_dict cross_attention_kwargs "
-    "clip_skip callback_on_step_end callback_on_step_end_tensor_inputs",
-    extra=f"height width {MORE}",
-    defaults=FEW,
-):
+    LatentConsistency, task=ImageToImage(), call=f"prompt image num_inference_steps strength {CALL}",
+    extra=f"height width {MORE}", defaults=FEW,
+):  # fmt: skip
     """Pictures from a picture and text in few steps."""
