@@ -89,7 +89,7 @@ def code_lines(path: Path) -> int:
 
 def test_line_ceiling() -> None:
     paths = list(PACKAGE.rglob("*.py"))
-    assert sum(map(code_lines, paths)) <= CODE_CEILING
+    assert sum(map(code_lines, paths)) < CODE_CEILING
     longest = max(paths, key=lambda path: len(path.read_text().splitlines()))
     assert len(longest.read_text().splitlines()) <= 600, longest
 
