@@ -112,6 +112,7 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("image", {**PICTURE, "mask_image": 32}, TypeError, r"StableDiffusionImg2ImgPipeline takes no argument 'mask_image'"),
     ("image", {"image": 5}, TypeError, r"image=5 must be PIL pictures"),
     ("image", {"image": []}, TypeError, r"image=\[\] must be PIL pictures"),
+    ("image", {"image": torch.zeros(0, 3, 32, 32)}, TypeError, r"image=a Tensor of shape \(0, 3, 32, 32\) must be PIL"),
     ("image", {"image": "picture.png"}, TypeError, r"image='picture.png' must be .*load_image"),
     ("image", {"image": torch.full((1, 3, 32, 32), NAN)}, ValueError, r"NaN"),
     ("image", {"prompt": ["a", "b"], "image": [tiny.picture()] * 3}, ValueError, r"3 image\(s\) cannot be shared out evenly"),

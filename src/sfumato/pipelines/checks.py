@@ -47,8 +47,10 @@ class Kind:
 
 def whole(low: int = 1, high: float = math.inf) -> Kind:
     """Whole numbers."""
-    limits = f"of at least {low}" if math.isinf(high) else f"in {low}..{high}"
-    return Kind(f"a whole number {limits}", lambda v: isinstance(v, int) and low <= v <= high)
+    return Kind(
+        f"a whole number of at least {low}" + f", at most {high}" * math.isfinite(high),
+        lambda v: isinstance(v, int) and low <= v <= high,
+    )
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
@@ -64,7 +66,8 @@ def each(value: Any, fits: Callable[[Any], bool]) -> bool:
 
 def is_picture(value: Any) -> bool:
     """Whether a value is a picture, or lists of pictures."""
-    return isinstance(value, (Image.Image, np.ndarray, torch.Tensor)) or each(value, is_picture)
+    filled = isinstance(value, (np.ndarray, torch.Tensor)) and 0 not in value.shape
+    return filled or isinstance(value, Image.Image) or each(value, is_picture)
 
 
 NUMBER, COUNT, INDEX, LENGTH = Kind("a finite number", is_number), whole(), whole(0), whole(1, 512)
