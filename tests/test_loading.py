@@ -419,5 +419,7 @@ def test_ready_components_of_the_wrong_kind(folder: Path, monkeypatch: pytest.Mo
 def test_save_to_a_file(folder: Path) -> None:
     with pytest.raises(NotADirectoryError, match=r"save_directory=.*is a file; pass a folder"):
         load(folder).save_pretrained(folder / "model_index.json")
+    with pytest.raises(ValueError, match=r"save_directory='': pass the folder to write to"):
+        load(folder).save_pretrained("")
     with pytest.raises(ValueError, match=r"safe_serialization=False asks for pickle"):
         load(folder).save_pretrained(folder, safe_serialization=False)

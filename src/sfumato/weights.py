@@ -37,7 +37,9 @@ def refuse_pickle(use_safetensors: bool | None) -> None:
 
 
 def output_folder(save_directory: str | os.PathLike, safe_serialization: bool) -> Path:
-    """Makes the folder that ``save_pretrained`` writes to; refuses a file, and ``safe_serialization=False``."""
+    """Makes the folder that ``save_pretrained`` writes to; refuses none, a file, and ``safe_serialization=False``."""
+    if not save_directory:
+        raise ValueError(f"save_directory={save_directory!r}: pass the folder to write to")
     if not safe_serialization:
         raise ValueError("safe_serialization=False asks for pickle weights; only safetensors is written")
     folder = Path(save_directory)
