@@ -452,6 +452,13 @@ def test_third(checkpoint: Checkpoint, scale: float | None, more: dict[str, Any]
     assert np.array_equal(pipe(**call, generator=seeded(3)).images, without)
 
 
+def test_an_adapter_whose_pictures_all_weigh_nothing_is_not_active(checkpoint: Checkpoint) -> None:
+    _, pipe = pair(checkpoint, TEXT, "plain")
+    for scale, active in ((0.0, False), (0.5, True), ([[0.0, 0.0]], False), ([[0.0, 0.5]], True)):  # of two pictures with masks
+        pipe.set_ip_adapter_scale(scale)
+        assert pipe.is_ip_adapter_active == active
+
+
 def test_embeddings_of_third(checkpoint: Checkpoint) -> None:
     reference, pipe = pair(checkpoint, THIRD, "plain")
     with torch.no_grad():

@@ -4,7 +4,7 @@ The guidance scale is an input of the distilled denoiser; guidance by a negative
 
 Quirks, kept because they change the result of valid calls: without own levels the schedule starts from levels spread evenly between
 1 and 1 / steps; Kontext takes the mode of its pictures' posterior, and works at an area of one million pixels whatever size is
-asked for, its inpainting at the size of the picture.
+asked for, its inpainting at the size of the picture; text-to-image alone leaves levels to schedulers with ``use_flow_sigmas``.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class PicturePrompts(ImagePipeline):
     def is_ip_adapter_active(self) -> bool:
         """Whether an IP-Adapter is loaded whose scale is not 0 everywhere."""
         adapters = projections_of(self.denoiser)
-        return adapters is not None and any(value for layers in adapters.scales for value in layers)
+        return adapters is not None and any(any(_listed(value)) for layers in adapters.scales for value in layers)
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
