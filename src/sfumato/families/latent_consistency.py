@@ -43,11 +43,8 @@ class LatentConsistency(StableDiffusion):
         return self.given_guidance(run) or Guidance()
 
     def schedule_options(self, run: Run, given: dict[str, Any]) -> dict[str, Any]:
-        args, takes = run.args, accepted(type(run.scheduler).set_timesteps)
-        own = {"original_inference_steps": args.original_inference_steps}
-        if isinstance(self.task, ImageToImage):
-            own["strength"] = args.strength
-        return {**given, **{name: value for name, value in own.items() if name in takes}}
+        takes = accepted(type(run.scheduler).set_timesteps) & self.call_signature.parameters.keys()
+        return {**given, **{name: getattr(run.args, name) for name in takes & {"original_inference_steps", "strength"}}}
 
     def truncate(self, run: Run) -> None:
         if "strength" not in accepted(type(run.scheduler).set_timesteps):

@@ -18,7 +18,7 @@ from ..errors import WeightsError, did_you_mean, refuse_unknown
 from ..hub import PathLike, Source
 from ..models.ip_projections import MultiIPAdapterImageProjection, build_projection, input_width, reads_face, reads_patches
 from ..models.layers.attention import Attention
-from ..models.layers.image_prompt import ImagePromptAttention, JointImagePromptAttention, prompted_layers
+from ..models.layers.image_prompt import ImagePromptAttention, JointImagePromptAttention, own_layers, prompted_layers
 from ..models.layers.joint_attention import JointAttention
 from ..weights import assign, read_tensors, weight_patterns
 from .checks import NUMBERS, TENSOR
@@ -391,7 +391,7 @@ _LOW_RANK = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_
 
 def _low_rank(tensors: Mapping[str, torch.Tensor], network: nn.Module, where: str) -> dict[str, torch.Tensor]:
     """What FaceID's files add to the attention's own weights, by the name of the layer: products of low rank (arXiv:2106.09685)."""
-    attentions = [name for name, module in network.named_modules() if isinstance(module, Attention) and "ctrl_" not in name]
+    attentions = list(own_layers(network))
     changes = {}
     for key, down in tensors.items():
         if not key.endswith("_lora.down.weight"):

@@ -103,15 +103,19 @@ class JointImagePromptAttention(ImagePromptAttention):
         return self.weighted(query.flatten(2), joint.options, joint.size, look)
 
 
+def own_layers(network: nn.Module) -> dict[str, Attention | JointAttention]:
+    """The attention layers of a network by module name, without those of a slim side that is joined to it (ControlNet-XS)."""
+    return {n: m for n, m in network.named_modules() if isinstance(m, Attention | JointAttention) and "ctrl_" not in n}
+
+
 def prompted_layers(network: nn.Module) -> dict[str, Attention | JointAttention]:
     """The attention layers that IP-Adapters reach, by name, in the order in which they number them.
 
-    Those to the text in a U-Net, but not in the slim side that may be joined to it, and those of the joint blocks in a
-    transformer: all that have an output projection.
+    Those to the text in a U-Net, and those of the joint blocks in a transformer: all that have an output projection.
     """
     found: dict[str, Attention | JointAttention] = {}
-    for name, module in network.named_modules():
-        reads_text = isinstance(module, Attention) and name.endswith("attn2") and "ctrl_" not in name
+    for name, module in own_layers(network).items():
+        reads_text = isinstance(module, Attention) and name.endswith("attn2")
         if reads_text or (isinstance(module, JointAttention) and isinstance(module.to_out, nn.Sequential)):
             # compiled networks put the one before it, joined ones the other within
             found[name.removeprefix("_orig_mod.").replace("base_", "")] = module

@@ -113,8 +113,9 @@ class JointAttention(nn.Module, Processable):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """What the layer computes of a processor's arguments: of the image, and of the text where it is given."""
-        rope = None if image_rotary_emb is None else torch.stack([part[..., ::2] for part in image_rotary_emb], dim=-1)
-        found = self._found(x, text, Joint(x, 0, rope=None if rope is None else rope.unsqueeze(-3), mask=mask))
+        parts = None if image_rotary_emb is None else [part[..., ::2] for part in image_rotary_emb]
+        rope = None if parts is None else torch.stack(parts, dim=-1).unsqueeze(-3)  # (..., S, D) each -> (..., S, 1, D / 2, 2)
+        found = self._found(x, text, Joint(x, 0, rope=rope, mask=mask))  # a condition is for blocks alone
         return found[0] if text is None else found
 
     def _found(self, x: torch.Tensor, text: torch.Tensor | None, joint: Joint) -> tuple[torch.Tensor, torch.Tensor | None]:
